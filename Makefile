@@ -1,0 +1,51 @@
+# Each target makes the virtual environment that it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint types contracts unit bench format clean
+
+demo: .venv/.demo  ## the main job: generate text with a transformer split over four worker processes
+	$(BIN)/asyncexec demo
+
+test: lint types contracts unit  ## everything that CI checks
+
+lint: .venv/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/.dev
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+contracts: .venv/.dev
+	$(BIN)/lint-imports
+
+unit: .venv/.dev
+	$(BIN)/pytest
+
+bench: .venv/.dev  ## an awaited step beside the bare floor, overlap, idle cost
+	$(BIN)/python benchmarks/step_latency.py
+	$(BIN)/python benchmarks/pipeline_overlap.py
+	$(BIN)/python benchmarks/idle_cost.py
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv
+
+# torch first: on its own it can come from a wheel that the machine has
+.venv/.torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) "$$(grep ^torch== constraints.txt)"
+	touch $@
+
+.venv/.demo: .venv/.torch pyproject.toml
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+.venv/.dev: .venv/.torch pyproject.toml
+	$(PIP) --editable '.[dev]'
+	touch $@ .venv/.demo

@@ -1,0 +1,78 @@
+"""asyncexec: an asyncio-native executor framework for distributed inference engines.
+
+    async with create_executor(config, "my_engine.worker:ModelWorker") as executor:
+        output = await executor.execute_model(scheduler_output)
+
+The layers, from the bottom; imports go downward only:
+
+    errors  config  outputs             what everybody speaks of
+    wire  codec  worker                 frames, how values travel, what an engine author writes
+    transport  runtime                  the Transport contract, and the code that serves a rank on every transport
+    registry  window  future  aggregate which transports there are; calls in flight; what callers hold; merging
+    executor  submission  driver        the interface, and its one implementation over any transport
+    run  cli  demo                      the event loop, the command line, a real engine
+
+The transports live beside this package, each in one of its own: `asyncexec_local`, `asyncexec_nccl`.
+"""
+
+from asyncexec.aggregate import Aggregator, AllRanks, FirstRank
+from asyncexec.config import ExecutorConfig, Timeouts
+from asyncexec.driver import create_executor
+from asyncexec.errors import (
+    AggregationError,
+    AsyncExecError,
+    CallError,
+    ConfigError,
+    ExecutorBusy,
+    ExecutorClosed,
+    ExecutorFailed,
+    PayloadError,
+    ReplyLost,
+    StepTimeout,
+    TransportUnavailable,
+    WireError,
+    WorkerDied,
+    WorkerError,
+    WorkerStartError,
+)
+from asyncexec.executor import Executor
+from asyncexec.future import StepFuture, StepTiming
+from asyncexec.outputs import DeferredOutput, IntermediateTensors
+from asyncexec.run import run
+from asyncexec.worker import ProcessGroups, RankContext, Worker
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AggregationError",
+    "Aggregator",
+    "AllRanks",
+    "AsyncExecError",
+    "CallError",
+    "ConfigError",
+    "DeferredOutput",
+    "Executor",
+    "ExecutorBusy",
+    "ExecutorClosed",
+    "ExecutorConfig",
+    "ExecutorFailed",
+    "FirstRank",
+    "IntermediateTensors",
+    "PayloadError",
+    "ProcessGroups",
+    "RankContext",
+    "ReplyLost",
+    "StepFuture",
+    "StepTimeout",
+    "StepTiming",
+    "Timeouts",
+    "TransportUnavailable",
+    "WireError",
+    "Worker",
+    "WorkerDied",
+    "WorkerError",
+    "WorkerStartError",
+    "__version__",
+    "create_executor",
+    "run",
+]

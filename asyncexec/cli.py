@@ -1,0 +1,57 @@
+"""The command line: `asyncexec demo`, `asyncexec doctor`, `asyncexec --version`."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+import asyncexec
+from asyncexec.errors import AsyncExecError, ConfigError, TransportUnavailable
+
+USAGE_ERROR = 2
+"""Exit status of bad arguments and configurations, as argparse has it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="asyncexec", description="An asyncio-native executor for inference engines.")
+    parser.add_argument("--version", action="version", version=f"asyncexec {asyncexec.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="generate text with a transformer split over worker processes")
+    commands.add_parser("doctor", help="what this machine has, and which transports it can use")
+    missing = _missing_for_demo()
+    if not missing:
+        from asyncexec.demo import command
+
+        command.add_arguments(demo)
+    parsed, rest = parser.parse_known_args(arguments)
+    if parsed.command == "demo" and missing:
+        print(f"asyncexec demo needs {', '.join(missing)}: pip install 'asyncexec[demo]'", file=sys.stderr)
+        return USAGE_ERROR
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return _run(parsed)
+    except (ConfigError, TransportUnavailable) as error:
+        print(f"asyncexec {parsed.command}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except AsyncExecError as error:
+        print(f"asyncexec {parsed.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    if parsed.command == "doctor":
+        from asyncexec import doctor
+
+        for line in doctor.report():
+            print(line)
+        return 0
+    from asyncexec.demo import command
+
+    return command.run(parsed)
+
+
+def _missing_for_demo() -> list[str]:
+    needed = ("torch", "safetensors", "tokenizers", "rich")
+    return [name for name in needed if importlib.util.find_spec(name) is None]

@@ -1,0 +1,172 @@
+"""The executor's configuration: one frozen struct, from a dict, TOML, the environment or keyword arguments."""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from asyncexec.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "ASYNCEXEC_"
+
+StructT = TypeVar("StructT", bound=msgspec.Struct)
+
+
+class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits of every wait, in seconds.
+
+    Attributes:
+        start: ranks spawned, joined and their workers constructed.
+        step: `execute_model` and `sample_tokens`, from submission; None waits for ever.
+        rpc: `collective_rpc`, from submission; None waits for ever.
+        methods: limits for single methods by name; they win over `step` and `rpc`.
+        drain: `aclose` waits this long for the calls in flight.
+        stop: then this long for the ranks to leave by themselves,
+        terminate: then this long after SIGTERM, before SIGKILL ends what is left.
+    """
+
+    start: float = 600.0
+    step: float | None = 300.0
+    rpc: float | None = 600.0
+    methods: dict[str, float | None] = {}
+    drain: float = 10.0
+    stop: float = 5.0
+    terminate: float = 2.0
+
+    def __post_init__(self) -> None:
+        limits = {name: getattr(self, name) for name in self.__struct_fields__ if name != "methods"}
+        limits |= {f"methods.{name}": limit for name, limit in self.methods.items()}
+        for name, limit in limits.items():
+            if limit is not None and not limit > 0:
+                raise ConfigError(f"timeouts.{name} is {limit}; valid: seconds above 0")
+
+    def for_method(self, method: str, *, step: bool) -> float | None:
+        """The limit of one call of `method`, in seconds; None is no limit."""
+        return self.methods.get(method, self.step if step else self.rpc)
+
+
+class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How an executor runs its worker.
+
+    Attributes:
+        transport: name of an installed transport, such as "local" or "nccl".
+        tensor_parallel_size: ranks that share each layer.
+        pipeline_parallel_size: stages that the layers are cut into.
+        async_scheduling: the engine submits a step before it has seen the step before it.
+        max_concurrent_batches: steps that run at once.  Unless given: the pipeline size, or 2 for one stage with
+            async scheduling (as vLLM's executors define it).
+        max_queued_steps: further steps that may wait in order; one more raises `ExecutorBusy`.
+        max_frame_bytes: the largest message to or from a rank, out-of-band buffers included.
+        aggregator: "first" (the output rank's value), "all" (a list of every rank's), or "module:Class".
+        timeouts: see `Timeouts`.
+        options: one table of options per transport, by the transport's name.
+    """
+
+    transport: str = "local"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    async_scheduling: bool = False
+    max_concurrent_batches: int = 0
+    max_queued_steps: int = 64
+    max_frame_bytes: int = 1 << 30
+    aggregator: str = "first"
+    timeouts: Timeouts = Timeouts()
+    options: dict[str, dict[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; valid: whole numbers from 1")
+        if self.max_concurrent_batches < 0:
+            raise ConfigError(f"max_concurrent_batches is {self.max_concurrent_batches}; valid: whole numbers from 1")
+        if self.max_concurrent_batches == 0:
+            derived = 2 if self.async_scheduling and self.pipeline_parallel_size == 1 else self.pipeline_parallel_size
+            msgspec.structs.force_setattr(self, "max_concurrent_batches", derived)
+        if self.max_queued_steps < 0:
+            raise ConfigError(f"max_queued_steps is {self.max_queued_steps}; valid: whole numbers from 0")
+        if self.max_frame_bytes < 1024:
+            raise ConfigError(f"max_frame_bytes is {self.max_frame_bytes}; valid: whole numbers from 1024")
+
+    @property
+    def world_size(self) -> int:
+        """tensor_parallel_size * pipeline_parallel_size."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def output_rank(self) -> int:
+        """The rank whose output is a step's output: the first of the last pipeline stage."""
+        return self.world_size - self.tensor_parallel_size
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ExecutorConfig":
+        """Build from plain values, nested as in the struct.  Raises ConfigError naming the key."""
+        return convert(values, cls)
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str]) -> "ExecutorConfig":
+        """Read the `[asyncexec]` table of a TOML file, or the whole file where it has none."""
+        try:
+            document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{os.fspath(path)}: {error}") from error
+        return convert(document.get("asyncexec", document), cls, where=f"{os.fspath(path)}: ")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "ExecutorConfig":
+        """Read `ASYNCEXEC_<KEY>` variables; two underscores step into a table (`ASYNCEXEC_TIMEOUTS__STEP=30`)."""
+        values: dict[str, Any] = {}
+        for variable, text in environment.items():
+            if not variable.startswith(ENVIRONMENT_PREFIX):
+                continue
+            *tables, key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+            table = values
+            for name in tables:
+                table = table.setdefault(name, {})
+                if not isinstance(table, dict):
+                    raise ConfigError(f"{variable} steps into {name!r}, which another variable sets to a value")
+            table[key] = text
+        return convert(values, cls, where=f"environment {ENVIRONMENT_PREFIX}*: ", strict=False)
+
+    @classmethod
+    def of(cls, config: "ExecutorConfig | Mapping[str, Any]") -> "ExecutorConfig":
+        """`config` itself where it is one, else built from the mapping."""
+        return config if isinstance(config, ExecutorConfig) else cls.from_dict(config)
+
+
+def convert(values: Mapping[str, Any], struct: type[StructT], *, where: str = "", strict: bool = True) -> StructT:
+    """Build `struct` from plain values; a ConfigError names the key that is wrong and what is valid.
+
+    Args:
+        values: plain values, nested as in the struct.
+        struct: the type to build.
+        where: prefix for error messages, such as a file's name.
+        strict: False also reads numbers and booleans from text, as the environment needs it.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}a table of keys is needed, not {type(values).__name__}")
+    _refuse_unknown_keys(values, struct, where, "")
+    try:
+        return msgspec.convert(dict(values), struct, strict=strict)
+    except ConfigError:
+        raise
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise ConfigError(f"{where}{error.__cause__}") from None
+        what, _, path = str(error).partition(" - at `$.")
+        raise ConfigError(f"{where}{path.rstrip('`')}: {what}" if path else f"{where}{what}") from error
+
+
+def _refuse_unknown_keys(values: Mapping[str, Any], struct: type[msgspec.Struct], where: str, table: str) -> None:
+    fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    for key, value in values.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {table + close[0]!r}? " if close else ""
+            raise ConfigError(f"{where}unknown key {table + str(key)!r}; {hint}valid: {', '.join(fields)}")
+        nested = fields[key]
+        if isinstance(value, Mapping) and isinstance(nested, type) and issubclass(nested, msgspec.Struct):
+            _refuse_unknown_keys(value, nested, where, f"{table}{key}.")

@@ -1,0 +1,349 @@
+"""The one implementation of `Executor`, over any transport: window, codec, deadlines and aggregation put together."""
+
+import asyncio
+import enum
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import anyio
+import msgspec
+
+from asyncexec.aggregate import Aggregator, AllRanks, make_aggregator
+from asyncexec.codec import Codec
+from asyncexec.config import ExecutorConfig, convert
+from asyncexec.errors import (
+    AsyncExecError,
+    ConfigError,
+    ExecutorClosed,
+    ExecutorFailed,
+    PayloadError,
+    StepTimeout,
+    WorkerDied,
+    WorkerError,
+    WorkerStartError,
+)
+from asyncexec.executor import Executor
+from asyncexec.future import StepFuture
+from asyncexec.pickling import dumps
+from asyncexec.registry import load_transport
+from asyncexec.runtime import RemoteFailure, WorkerSpec, load_worker_class
+from asyncexec.submission import Reply, Submission
+from asyncexec.transport import RankLoss
+from asyncexec.window import Call, Complete, Decision, Send, Window
+from asyncexec.wire import ALL_RANKS, Frame, FrameKind
+
+_ALL = AllRanks()
+
+
+def create_executor(
+    config: ExecutorConfig | Mapping[str, Any],
+    worker: str | type,
+    *,
+    worker_kwargs: Mapping[str, Any] | None = None,
+    aggregator: Aggregator | None = None,
+) -> Executor:
+    """An executor for `worker`, not yet started: use it with `async with`, or call `start`.
+
+    Args:
+        config: an ExecutorConfig, or a plain dict of its keys.
+        worker: a class, or "module:Class".
+        worker_kwargs: keyword arguments for its constructor, beside the rank context.
+        aggregator: merges each step's outputs; None makes the one that `config.aggregator` names.
+
+    Raises:
+        ConfigError: the configuration, or the worker, cannot work; says which key is wrong and what is valid.
+        TransportUnavailable: the transport is not installed, or lacks something; says what to install.
+    """
+    return Driver(ExecutorConfig.of(config), worker, worker_kwargs or {}, aggregator)
+
+
+class _State(enum.Enum):
+    NEW = "has not been started"
+    STARTING = "is starting"
+    RUNNING = "is running"
+    CLOSING = "is closing"
+    CLOSED = "is closed"
+
+
+class Driver(Executor):
+    """See `create_executor`; the transport calls `frame_received` and `rank_lost`."""
+
+    def __init__(
+        self,
+        config: ExecutorConfig,
+        worker: str | type,
+        worker_kwargs: Mapping[str, Any],
+        aggregator: Aggregator | None,
+    ) -> None:
+        self.config = config
+        self._codec = Codec(load_worker_class(worker))
+        self._spec = WorkerSpec(worker, dict(worker_kwargs), self._codec.fingerprint)
+        self._aggregator = aggregator or make_aggregator(config.aggregator)
+        self._window = Window(config.world_size, config.max_concurrent_batches, config.max_queued_steps)
+        transport = load_transport(config.transport)
+        options = convert(
+            config.options.get(config.transport, {}), transport.Options, where=f"options.{config.transport}: "
+        )
+        self._transport = transport(config, options, self)
+        self._ranks = tuple(range(config.world_size))
+        self._rank_free = [0] * config.world_size
+        self._state = _State.NEW
+        self._aborted = False
+        self._closing = anyio.Lock()
+        self._changed: anyio.Event | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._failure: AsyncExecError | None = None
+        self._failure_callbacks: list[Callable[[AsyncExecError], None]] = []
+
+    # ------------------------------------------------------------------------------------------------ lifecycle
+
+    async def start(self) -> None:
+        if self._state is not _State.NEW:
+            raise ExecutorClosed(f"the executor {self._state.value}; each executor starts once")
+        self._state = _State.STARTING
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        limit = self.config.timeouts.start
+        try:
+            with anyio.move_on_after(limit) as scope:
+                await self._transport.open()
+                await self._submit(self._start_frame(), "start", self._ranks, _ALL, limit)
+            if scope.cancelled_caught:
+                raise StepTimeout(f"not started after {limit:g} s", timeout=limit, waiting_for=(), method="start")
+        except BaseException as error:
+            self.abort()
+            await self.aclose()
+            if isinstance(error, WorkerError):
+                raise WorkerStartError.of(error) from None
+            raise
+        self._state = _State.RUNNING
+
+    async def aclose(self) -> None:
+        with anyio.CancelScope(shield=True):  # bounded by the three limits
+            async with self._closing:
+                if self._state is _State.RUNNING:
+                    self._state = _State.CLOSING
+                    with anyio.move_on_after(self.config.timeouts.drain):
+                        await self._until(lambda: not self._window.in_flight + self._window.queued)
+                if self._state not in (_State.NEW, _State.CLOSED):
+                    await self._transport.close()
+                    self._end_calls("the executor was closed before the call was done")
+                self._state = _State.CLOSED
+
+    def abort(self) -> None:
+        if self._state not in (_State.NEW, _State.CLOSED):
+            self._state = _State.CLOSING
+            self._aborted = True
+            self._transport.abort()
+            self._end_calls("the executor was aborted")
+
+    def _end_calls(self, why: str) -> None:
+        self._carry_out(self._window.fail(lambda call: ExecutorClosed(f"{why} [{call.method}, call {call.call_id}]")))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _start_frame(self) -> Frame:
+        try:
+            body, buffers = dumps(self._spec)
+        except Exception as error:
+            raise ConfigError(f"the worker cannot be sent to its ranks: {type(error).__name__}: {error}") from error
+        return Frame(FrameKind.START, body=body, buffers=buffers)
+
+    # ---------------------------------------------------------------------------------------------------- calls
+
+    @property
+    def max_concurrent_batches(self) -> int:
+        return self.config.max_concurrent_batches
+
+    def execute_model(self, scheduler_output: Any, *, timeout: float | None = None) -> StepFuture[Any]:
+        return self._step("execute_model", (scheduler_output,), timeout, slot=True)
+
+    def sample_tokens(self, *args: Any, timeout: float | None = None) -> StepFuture[Any]:
+        return self._step("sample_tokens", args, timeout, slot=False)
+
+    async def slot(self) -> None:
+        await self._until(lambda: self._window.has_room or self._state is not _State.RUNNING)
+        self._check_running()
+
+    async def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        ranks: Sequence[int] | None = None,
+        aggregate: Aggregator | None = None,
+    ) -> Any:
+        targets = self._ranks if ranks is None else tuple(ranks)
+        if not targets or not set(targets) <= set(self._ranks) or len(set(targets)) < len(targets):
+            raise ConfigError(f"ranks is {list(targets)}; valid: some of {list(self._ranks)}, each once")
+        name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
+        limit = self.config.timeouts.for_method(name, step=False) if timeout is None else timeout
+        submitted = time.monotonic_ns()
+        frame = self._encode(name, method, args, kwargs or {})
+        results = await self._submit(frame, name, targets, aggregate or _ALL, limit, submitted=submitted)
+        if aggregate is None and ranks is not None:
+            by_rank = dict(zip(sorted(targets), results, strict=True))
+            return [by_rank[rank] for rank in targets]
+        return results
+
+    def _step(self, method: str, args: Sequence[Any], timeout: float | None, *, slot: bool) -> StepFuture[Any]:
+        submitted = time.monotonic_ns()
+        frame = self._encode(method, method, args, {})
+        limit = self.config.timeouts.for_method(method, step=True) if timeout is None else timeout
+        return self._submit(
+            frame, method, self._ranks, self._aggregator, limit, slot=slot, ordered=True, submitted=submitted
+        )
+
+    def _encode(
+        self, name: str, target: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Frame:
+        self._check_running()
+        try:
+            payload = self._codec.encode_call(target, args, kwargs)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise PayloadError(f"the arguments cannot be sent: {type(error).__name__}: {error}", method=name) from error
+        return Frame(FrameKind.CALL, method=payload.method, body=payload.body, buffers=payload.buffers)
+
+    def _submit(
+        self,
+        frame: Frame,
+        method: str,
+        ranks: Sequence[int],
+        aggregator: Aggregator,
+        timeout: float | None,
+        *,
+        slot: bool = False,
+        ordered: bool = False,
+        submitted: int = 0,
+    ) -> StepFuture[Any]:
+        """Give a call to the window.  Raises PayloadError where it is too large, ExecutorBusy where it must wait."""
+        if frame.size > self.config.max_frame_bytes:
+            raise PayloadError(
+                f"the arguments are {frame.size} bytes; max_frame_bytes is {self.config.max_frame_bytes}", method=method
+            )
+        output_rank = self.config.output_rank if self.config.output_rank in ranks else ranks[0]
+        wanted = ranks if aggregator.needs_all_ranks else (output_rank,)
+        frame.reply_to = ALL_RANKS if aggregator.needs_all_ranks else output_rank
+        encoded = time.monotonic_ns()
+        submission = Submission(frame, StepFuture(self._loop), aggregator, output_rank, submitted or encoded, encoded)
+        call = Call(method, ranks, wanted, slot, ordered, timeout, submission)
+        decisions = self._window.submit(call, self._loop.time())
+        submission.future.call_id = frame.call_id = call.call_id
+        frame.epoch = call.epoch
+        self._carry_out(decisions)
+        self._arm_timer()
+        return submission.future
+
+    # ---------------------------------------------------------------------------------------------- observing
+
+    @property
+    def failure(self) -> AsyncExecError | None:
+        return self._failure
+
+    def add_failure_callback(self, callback: Callable[[AsyncExecError], None]) -> None:
+        if self._failure is not None:
+            callback(self._failure)
+        else:
+            self._failure_callbacks.append(callback)
+
+    # ----------------------------------------------------------------------------------- events of the transport
+
+    def frame_received(self, rank: int, frame: Frame) -> None:
+        """A rank's answer; called by the transport."""
+        if frame.kind is FrameKind.REPLY:
+            reply = Reply(frame, time.monotonic_ns(), self._rank_free[rank])
+            self._rank_free[rank] = frame.ended_ns
+            decisions = self._window.replied(rank, frame.call_id, frame.epoch, reply)
+        elif frame.kind is FrameKind.ERROR:
+            decisions = self._window.errored(rank, frame.call_id, frame.epoch, _worker_error(rank, frame, self._codec))
+        else:
+            decisions = self._window.skipped(rank, frame.call_id, frame.epoch)
+        self._carry_out(decisions)
+
+    def rank_lost(self, rank: int, loss: RankLoss) -> None:
+        """A rank ended by itself; called by the transport.  Without it no call can complete: the executor fails."""
+        if self._failure is not None or self._aborted:
+            return
+        self._failure = _worker_died(rank, loss)
+        self._carry_out(self._window.fail(lambda call: _worker_died(rank, loss, call)))
+        self._transport.abort()
+        for callback in self._failure_callbacks:
+            callback(self._failure)
+
+    # --------------------------------------------------------------------------------------------------- inside
+
+    def _carry_out(self, decisions: Sequence[Decision]) -> None:
+        for decision in decisions:
+            submission: Submission = decision.call.content
+            if isinstance(decision, Send):
+                submission.send_began = time.monotonic_ns()
+                self._transport.send(submission.frame, decision.call.ranks)
+                submission.send_ended = time.monotonic_ns()
+            elif isinstance(decision, Complete):
+                submission.complete(decision.call, self._codec)
+            else:
+                submission.future.set_exception(decision.error)
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        """Wait for something that only `_carry_out` can make true."""
+        while not holds():
+            if self._changed is None:
+                self._changed = anyio.Event()
+            await self._changed.wait()
+
+    def _arm_timer(self) -> None:
+        """Have `_expire` called at the next deadline; a timer that is too early arms itself again."""
+        deadline = self._window.next_deadline
+        if deadline is not None and (self._timer is None or deadline < self._timer.when()):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(deadline, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        self._carry_out(self._window.expire(self._loop.time()))
+        self._arm_timer()
+
+    def _check_running(self) -> None:
+        if self._failure is not None:
+            raise ExecutorFailed(self._failure)
+        if self._state is not _State.RUNNING:
+            raise ExecutorClosed(f"the executor {self._state.value}")
+        if threading.get_ident() != self._thread:
+            raise RuntimeError("executors belong to the thread of their event loop; use loop.call_soon_threadsafe")
+
+
+def _worker_error(rank: int, frame: Frame, codec: Codec) -> WorkerError:
+    failure = msgspec.msgpack.decode(frame.body, type=RemoteFailure)
+    method = codec.method_name(frame.method) or "a callable"
+    return WorkerError(
+        failure.type,
+        failure.message,
+        failure.traceback,
+        method=method,
+        call_id=frame.call_id,
+        epoch=frame.epoch,
+        rank=rank,
+    )
+
+
+def _worker_died(rank: int, loss: RankLoss, call: Call | None = None) -> WorkerDied:
+    return WorkerDied(
+        f"rank {rank} died: {loss.reason}",
+        pid=loss.pid,
+        exit_code=loss.exit_code,
+        signal=loss.signal,
+        method=call.method if call else "",
+        call_id=call.call_id if call else 0,
+        epoch=call.epoch if call else 0,
+        rank=rank,
+    )

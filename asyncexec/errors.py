@@ -1,0 +1,192 @@
+"""Every error that asyncexec raises, as one tree.
+
+AsyncExecError
+|-- ConfigError (ValueError)          a config, worker or call that cannot work, refused before anything starts
+|-- TransportUnavailable              no transport of that name, or one whose dependency is missing
+|-- WireError                         a malformed, truncated, oversized or wrong-version frame
+|-- ExecutorBusy                      the queue of waiting steps is full
+|-- ExecutorClosed                    the executor was not started, or is closed
+|   `-- ExecutorFailed                ... or a rank was lost; `cause` says what happened
+`-- CallError                         one call failed; knows method, call id, epoch and, where it is one, the rank
+    |-- PayloadError                  arguments or result that cannot be encoded, decoded or are too large
+    |-- WorkerError                   the worker raised; carries the remote type, message and traceback
+    |   `-- WorkerStartError          ... while it was being set up or constructed
+    |-- WorkerDied                    the rank's process ended
+    |-- ReplyLost                     the rank answered a later call first, so this answer will never come
+    |-- StepTimeout (TimeoutError)    the deadline passed; knows which ranks had not answered
+    `-- AggregationError              the aggregator raised
+"""
+
+from collections.abc import Sequence
+
+
+class AsyncExecError(Exception):
+    """The root of the tree."""
+
+
+class ConfigError(AsyncExecError, ValueError):
+    """A configuration, a worker or a call that cannot work; the message names the key and what would be valid."""
+
+
+class TransportUnavailable(AsyncExecError):
+    """There is no such transport, or what it depends on is not installed; the message says what to install."""
+
+
+class WireError(AsyncExecError):
+    """A frame that breaks the wire format; the connection it came over cannot be used any further."""
+
+
+class ExecutorBusy(AsyncExecError):
+    """As many steps wait for a slot as the configuration allows; `await executor.slot()` first."""
+
+
+class ExecutorClosed(AsyncExecError):
+    """The executor has not been started, or is closed."""
+
+
+class ExecutorFailed(ExecutorClosed):
+    """The executor cannot run any further call.
+
+    Attributes:
+        cause: the error that ended it.
+    """
+
+    def __init__(self, cause: BaseException) -> None:
+        self.cause = cause
+        super().__init__(f"the executor has failed: {cause}")
+
+
+class CallError(AsyncExecError):
+    """One call failed.
+
+    Attributes:
+        message: what happened, without the call's coordinates.
+        method: the method called, or a callable's qualified name.
+        call_id: the call's number within its epoch.
+        epoch: which set of ranks ran it; counts up whenever the executor is re-initialised.
+        rank: the rank at fault; None where it is not one rank.
+        others: errors of further ranks that arrived before the call was settled.
+    """
+
+    def __init__(
+        self, message: str, *, method: str = "", call_id: int = 0, epoch: int = 0, rank: int | None = None
+    ) -> None:
+        self.message = message
+        self.method = method
+        self.call_id = call_id
+        self.epoch = epoch
+        self.rank = rank
+        self.others: list[CallError] = []
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        where = f"rank {self.rank}, " if self.rank is not None else ""
+        call = f" [{where}{self.method}, call {self.call_id}, epoch {self.epoch}]" if self.method else ""
+        return f"{self.message}{call}"
+
+
+class PayloadError(CallError):
+    """Arguments or a result that cannot be encoded, cannot be decoded, or exceed the size limit."""
+
+
+class WorkerError(CallError):
+    """The worker's method raised.
+
+    Attributes:
+        remote_type: qualified name of the exception's class on the rank.
+        remote_message: `str()` of the exception there.
+        remote_traceback: the traceback as the rank printed it.
+    """
+
+    def __init__(
+        self,
+        remote_type: str,
+        remote_message: str,
+        remote_traceback: str,
+        *,
+        method: str = "",
+        call_id: int = 0,
+        epoch: int = 0,
+        rank: int | None = None,
+    ) -> None:
+        self.remote_type = remote_type
+        self.remote_message = remote_message
+        self.remote_traceback = remote_traceback
+        super().__init__(
+            f"{remote_type}: {remote_message}" if remote_message else remote_type,
+            method=method,
+            call_id=call_id,
+            epoch=epoch,
+            rank=rank,
+        )
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text}\n\nOn the rank:\n{self.remote_traceback}" if self.remote_traceback else text
+
+
+class WorkerStartError(WorkerError):
+    """A rank could not be set up, or its worker could not be constructed."""
+
+    @classmethod
+    def of(cls, error: WorkerError) -> "WorkerStartError":
+        """The start error that a worker's `error` is."""
+        return cls(error.remote_type, error.remote_message, error.remote_traceback, method="start", rank=error.rank)
+
+
+class WorkerDied(CallError):
+    """A rank's process ended.
+
+    Attributes:
+        pid: the process, where the transport knows it.
+        exit_code: what it exited with; None when a signal ended it or nothing is known.
+        signal: the signal's name, such as "SIGKILL"; None when it exited.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        pid: int | None = None,
+        exit_code: int | None = None,
+        signal: str | None = None,
+        method: str = "",
+        call_id: int = 0,
+        epoch: int = 0,
+        rank: int | None = None,
+    ) -> None:
+        self.pid = pid
+        self.exit_code = exit_code
+        self.signal = signal
+        super().__init__(message, method=method, call_id=call_id, epoch=epoch, rank=rank)
+
+
+class ReplyLost(CallError):
+    """A rank replied to a later call although it owed a reply to this one: replies come in call order."""
+
+
+class StepTimeout(CallError, TimeoutError):
+    """The call's deadline passed.
+
+    Attributes:
+        timeout: the limit, in seconds.
+        waiting_for: the ranks that had not answered; empty when the call had not been sent yet.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        timeout: float,
+        waiting_for: Sequence[int],
+        method: str = "",
+        call_id: int = 0,
+        epoch: int = 0,
+    ) -> None:
+        self.timeout = timeout
+        self.waiting_for = tuple(waiting_for)
+        super().__init__(message, method=method, call_id=call_id, epoch=epoch)
+
+
+class AggregationError(CallError):
+    """The aggregator raised while it merged the ranks' outputs; `__cause__` is what it raised."""

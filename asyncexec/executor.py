@@ -1,0 +1,173 @@
+"""The Executor: what an engine's loop talks to."""
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from asyncexec.aggregate import Aggregator
+from asyncexec.errors import AsyncExecError
+from asyncexec.future import StepFuture
+
+
+class Executor(abc.ABC):
+    """Runs one worker class on every rank, and merges what the ranks report.
+
+    Use it as `async with create_executor(...) as executor`: entering starts the ranks, leaving ends them.  All
+    methods are called on the event loop that started it.
+
+    Every call may raise, besides what it names:
+        ExecutorClosed: the executor is not running; ExecutorFailed, with the cause, where a rank was lost.
+        PayloadError: the arguments cannot be encoded or are too large.  Nothing was sent.
+    Every future and coroutine may raise:
+        WorkerError: the worker raised.  The executor remains usable.
+        StepTimeout: the deadline passed.
+        WorkerDied: a rank's process ended.  The executor has failed.
+    """
+
+    # ------------------------------------------------------------------------------------------------ lifecycle
+
+    @abc.abstractmethod
+    async def start(self) -> None:
+        """Bring up the ranks and construct their workers.
+
+        Raises:
+            WorkerStartError: the first rank that failed, with its own traceback; no process is left behind.
+            WorkerDied: a rank's process ended meanwhile.
+            StepTimeout: not done within `timeouts.start`.
+        """
+
+    @abc.abstractmethod
+    async def aclose(self) -> None:
+        """Accept no more calls, let those in flight finish within `timeouts.drain`, and end the ranks.
+
+        Bounded by `timeouts.drain`, `stop` and `terminate` together.  May be called again, and at any time.
+        """
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """End the ranks now; what is in flight fails.  `aclose` afterwards waits until nothing of them is left."""
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.abort()
+        await self.aclose()
+
+    # ---------------------------------------------------------------------------------------------------- steps
+
+    @property
+    @abc.abstractmethod
+    def max_concurrent_batches(self) -> int:
+        """Steps that run at once; more wait in order."""
+
+    @abc.abstractmethod
+    def execute_model(self, scheduler_output: Any, *, timeout: float | None = None) -> StepFuture[Any]:
+        """Submit one step; returns at once.
+
+        The scheduler output is encoded before this returns and may change afterwards, but for the memory of tensors,
+        arrays and byte strings of its top level, which is sent as it is.
+
+        Args:
+            scheduler_output: handed to every rank's `execute_model`.
+            timeout: seconds from now; None takes `timeouts.methods` or `timeouts.step` of the configuration.
+
+        Raises:
+            ExecutorBusy: `max_queued_steps` steps wait already.
+        """
+
+    @abc.abstractmethod
+    def sample_tokens(self, *args: Any, timeout: float | None = None) -> StepFuture[Any]:
+        """Submit the second half of a step whose worker has its sampling in a method of that name.
+
+        It runs behind the `execute_model` submitted before it, and takes no slot of its own.
+        """
+
+    @abc.abstractmethod
+    async def slot(self) -> None:
+        """Wait until a step submitted now would run at once: the backpressure for engines that produce faster."""
+
+    # -------------------------------------------------------------------------------------------- collective rpc
+
+    @abc.abstractmethod
+    async def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        ranks: Sequence[int] | None = None,
+        aggregate: Aggregator | None = None,
+    ) -> Any:
+        """Run a method of the worker on all ranks, in order with the steps submitted before.
+
+        Args:
+            method: its name, or a callable that is given the worker first.
+            args: positional arguments, the same for every rank.
+            kwargs: keyword arguments.
+            timeout: seconds; None takes `timeouts.methods` or `timeouts.rpc` of the configuration.
+            ranks: where to run it; None is everywhere.
+            aggregate: merges the results; None returns a list of them, in the order of `ranks`.
+
+        Raises:
+            ConfigError: the worker has no such method, or there is no such rank.
+        """
+
+    # ------------------------------------------------------------------------------------------------ observing
+
+    @property
+    @abc.abstractmethod
+    def failure(self) -> AsyncExecError | None:
+        """What ended the executor; None while nothing did."""
+
+    @abc.abstractmethod
+    def add_failure_callback(self, callback: Callable[[AsyncExecError], None]) -> None:
+        """Have `callback(cause)` called once when the executor fails; at once if it has failed already."""
+
+    # --------------------------------------------------------------------------------------------- model verbs
+    # Thin collective calls: each runs the worker's method of the same name on every rank.
+
+    async def check_health(self, timeout: float | None = None) -> None:
+        """Return if every rank takes and answers a call within `timeout` seconds; raise what failed otherwise."""
+        await self.collective_rpc(_answer, timeout=timeout)
+
+    async def sleep(self, level: int = 1) -> None:
+        """Free device memory until `wake_up`; the levels are the worker's."""
+        await self.collective_rpc("sleep", (level,))
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Take back what `sleep` freed, or the named parts of it."""
+        await self.collective_rpc("wake_up", (tags,))
+
+    async def profile(self, is_start: bool = True) -> None:
+        """Start or stop the workers' profilers."""
+        await self.collective_rpc("profile", (is_start,))
+
+    async def add_lora(self, lora_request: Any) -> bool:
+        """Load an adapter; whether every rank did."""
+        return all(await self.collective_rpc("add_lora", (lora_request,)))
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """Drop an adapter; whether every rank had it."""
+        return all(await self.collective_rpc("remove_lora", (lora_id,)))
+
+    async def pin_lora(self, lora_id: int) -> bool:
+        """Keep an adapter from being evicted; whether every rank did."""
+        return all(await self.collective_rpc("pin_lora", (lora_id,)))
+
+    async def list_loras(self) -> set[int]:
+        """The adapters that every rank has."""
+        return set.intersection(*map(set, await self.collective_rpc("list_loras")))
+
+    async def save_sharded_state(self, path: str, pattern: str | None = None, max_size: int | None = None) -> None:
+        """Have every rank write its part of the weights below `path`."""
+        await self.collective_rpc("save_sharded_state", (path, pattern, max_size))
+
+
+def _answer(worker: Any) -> None:
+    """What `check_health` runs on a rank."""

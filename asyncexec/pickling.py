@@ -1,0 +1,136 @@
+"""Pickle protocol 5 with memory beside the message, for what type hints do not describe.
+
+Functions and classes that another process cannot import (those of `__main__`, lambdas, local ones) go by value: by
+cloudpickle, and msgspec structs by a reducer of ours, for cloudpickle loses their fields.
+
+Loading runs code of the sender's choice: only frames of a peer that has proven itself get here, a process that this
+one spawned or was spawned by.
+"""
+
+import inspect
+import io
+import pickle
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cloudpickle
+import msgspec
+
+from asyncexec.tensors import tensor_from, tensor_parts
+from asyncexec.wire import Buffer
+
+_IN_BAND_BELOW = 1024
+"""Buffers smaller than this stay in the pickle: a buffer of its own costs more than the copy."""
+
+
+def dumps(value: Any) -> tuple[Buffer, Sequence[Buffer]]:
+    """Pickle `value`: the message, and the memory to send beside it."""
+    buffers: list[Buffer] = []
+
+    def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < _IN_BAND_BELOW:
+            return True
+        buffers.append(raw)
+        return False
+
+    message = io.BytesIO()
+    _Pickler(message, protocol=5, buffer_callback=keep_in_band).dump(value)
+    return message.getbuffer(), buffers
+
+
+def loads(message: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
+    """The value that `dumps` pickled; arrays and tensors lie over `buffers`, without a copy."""
+    return pickle.loads(message, buffers=buffers)  # noqa: S301 - see the module's docstring
+
+
+def around_bytes(value: Any) -> Any:
+    """`value`, or a stand-in that unpickles as it, whose memory travels beside the message if it is a long byte string."""
+    return _Bytes(value) if type(value) in (bytes, bytearray) and len(value) >= _IN_BAND_BELOW else value
+
+
+class _Bytes:
+    def __init__(self, value: Buffer) -> None:
+        self._value = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self._value), (pickle.PickleBuffer(self._value),)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    def reducer_override(self, obj: Any) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is not None and type(obj) is torch.Tensor and obj.layout is torch.strided and not obj.is_quantized:
+            dtype, shape, memory = tensor_parts(obj)
+            return _tensor, (dtype, shape, pickle.PickleBuffer(memory))
+        if isinstance(obj, type) and issubclass(obj, msgspec.Struct) and not _importable(obj):
+            return _struct, _struct_parts(obj)
+        return super().reducer_override(obj)
+
+
+def _tensor(dtype: str, shape: Sequence[int], memory: Any) -> Any:
+    # memory that stayed in the pickle comes back read-only, which tensors cannot be
+    return tensor_from(dtype, shape, bytearray(memory) if memoryview(memory).readonly else memory)
+
+
+def _importable(kind: type) -> bool:
+    """Whether another process finds this class by its module and name."""
+    found: Any = sys.modules.get(kind.__module__) if kind.__module__ != "__main__" else None
+    for part in kind.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is kind
+
+
+def _struct_parts(kind: type[msgspec.Struct]) -> tuple[Any, ...]:
+    """What `_struct` needs to make the class again.  Structs that refer to themselves cannot be sent this way."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    members = {name: value for name, value in kind.__dict__.items() if _is_written_by_hand(name, value)}
+    own = [field for field in msgspec.structs.fields(kind) if field.name in kind.__dict__.get("__annotations__", {})]
+    parameters = inspect.signature(kind).parameters
+    options = {name: getattr(kind.__struct_config__, name) for name in _STRUCT_OPTIONS}
+    options["rename"] = {field.name: field.encode_name for field in own}
+    options["kw_only"] = all(parameters[field.name].kind is inspect.Parameter.KEYWORD_ONLY for field in own)
+    fields = [(field.name, hints[field.name], field.default, field.default_factory) for field in own]
+    return kind.__name__, kind.__module__, kind.__qualname__, kind.__bases__, fields, members, options
+
+
+def _struct(
+    name: str,
+    module: str,
+    qualname: str,
+    bases: tuple[type, ...],
+    fields: Sequence[tuple[str, Any, Any, Any]],
+    members: dict[str, Any],
+    options: Mapping[str, Any],
+) -> type[msgspec.Struct]:
+    make_field: Any = msgspec.field  # whose overloads do not allow for both defaults to be given
+    specs = [(field, hint, make_field(default=default, default_factory=make)) for field, hint, default, make in fields]
+    made = msgspec.defstruct(name, specs, bases=bases, module=module, namespace=members, **options)
+    made.__qualname__ = qualname
+    return made
+
+
+def _is_written_by_hand(name: str, value: Any) -> bool:
+    """Whether a member of a struct class comes from its author, not from msgspec."""
+    made = ("__module__", "__annotations__", "__slots__", "__qualname__", "__match_args__")
+    return name not in made and not isinstance(value, types.MemberDescriptorType)
+
+
+_STRUCT_OPTIONS = (
+    "array_like",
+    "cache_hash",
+    "dict",
+    "eq",
+    "forbid_unknown_fields",
+    "frozen",
+    "gc",
+    "omit_defaults",
+    "order",
+    "repr_omit_defaults",
+    "tag",
+    "tag_field",
+    "weakref",
+)

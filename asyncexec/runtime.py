@@ -1,0 +1,262 @@
+"""The rank-side runtime: takes calls in order, runs the worker, replies.  The same code on every transport."""
+
+import importlib
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from asyncexec.codec import Codec, Payload
+from asyncexec.errors import ConfigError
+from asyncexec.outputs import DeferredOutput, IntermediateTensors
+from asyncexec.pickling import loads
+from asyncexec.transport import RankLink
+from asyncexec.wire import ALL_RANKS, Frame, FrameKind
+from asyncexec.worker import RankContext
+
+
+class WorkerSpec(NamedTuple):
+    """What a rank needs to construct its worker; pickled in a START frame.
+
+    Attributes:
+        worker: "module:Class", or the class itself.
+        kwargs: passed to the constructor after the context.
+        fingerprint: of the driver's codec, which the rank's must equal.
+    """
+
+    worker: str | type
+    kwargs: Mapping[str, Any]
+    fingerprint: str
+
+
+class RemoteFailure(msgspec.Struct, frozen=True, array_like=True):
+    """An exception on its way to the driver; the msgpack body of an ERROR frame."""
+
+    type: str
+    message: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> "RemoteFailure":
+        """Describe an exception that is being handled."""
+        module = type(error).__module__
+        name = type(error).__qualname__ if module == "builtins" else f"{module}.{type(error).__qualname__}"
+        return cls(name, str(error), "".join(traceback.format_exception(error)))
+
+    def pack(self) -> bytes:
+        """As msgpack; text that is no valid Unicode is escaped."""
+        parts = (self.type, self.message, self.traceback)
+        return msgspec.msgpack.encode(RemoteFailure(*(p.encode("utf-8", "backslashreplace").decode() for p in parts)))
+
+
+def load_worker_class(worker: str | type) -> type:
+    """The worker class that "module:Class" names.
+
+    Raises:
+        ConfigError: the module cannot be imported or has no such class; the message has the import error.
+    """
+    if isinstance(worker, type):
+        return worker
+    module_name, colon, class_name = worker.partition(":") if isinstance(worker, str) else ("", "", "")
+    if not (module_name and colon and class_name):
+        raise ConfigError(f"worker is {worker!r}; valid: a class, or 'module:Class'")
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in class_name.split("."):
+            target = getattr(target, part)
+    except Exception as error:
+        raise ConfigError(f"worker {worker!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not isinstance(target, type):
+        raise ConfigError(f"worker {worker!r} is a {type(target).__name__}; valid: a class")
+    return target
+
+
+class RankRuntime:
+    """Serves one rank until the driver asks it to stop, or is gone.
+
+    Calls run one after the other, in the order sent, on the thread that calls `serve`.  Replies leave in call order
+    too: while a deferred output is waited for, the results of later calls queue up behind it.
+    """
+
+    def __init__(self, link: RankLink) -> None:
+        self._link = link
+        self._context = RankContext()
+        self._worker: Any = None
+        self._codec = Codec(object)
+        self._replies = _ReplyQueue()
+
+    def serve(self) -> None:
+        """Take frames until STOP or the end of the stream, then let the worker and the link end."""
+        try:
+            while (frame := self._link.receive()) is not None and frame.kind is not FrameKind.STOP:
+                if frame.kind is FrameKind.START:
+                    self._start(frame)
+                else:
+                    self._call(frame)
+        finally:
+            self._replies.finish()
+            try:
+                if callable(shutdown := getattr(self._worker, "shutdown", None)):
+                    shutdown()
+            finally:
+                self._link.leave()
+
+    def _start(self, frame: Frame) -> None:
+        started = time.monotonic_ns()
+        try:
+            spec: WorkerSpec = loads(frame.body, frame.buffers)
+            worker_class = load_worker_class(spec.worker)
+            self._codec = Codec(worker_class)
+            if self._codec.fingerprint != spec.fingerprint:
+                raise ConfigError(
+                    f"driver and rank disagree on how calls of {worker_class.__qualname__} travel: do both run the same code?"
+                )
+            self._context = self._link.join()
+            self._worker = worker_class(self._context, **spec.kwargs)
+        except Exception as error:  # noqa: BLE001 - every failure to start is the driver's to hear of
+            self._reply_error(frame, error, started)
+        else:
+            self._link.send(self._result(frame, None, started))
+
+    def _call(self, frame: Frame) -> None:
+        started = time.monotonic_ns()
+        stage = _Stage(self._link, self._context, frame.call_id) if self._is_step(frame) else None
+        try:
+            call = self._codec.decode_call(Payload(frame.method, frame.body, frame.buffers))
+            if stage is not None:
+                output = stage.run(self._worker.execute_model, *call.args, **call.kwargs)
+            elif callable(call.target):
+                output = call.target(self._worker, *call.args, **call.kwargs)
+            else:
+                output = getattr(self._worker, call.target)(*call.args, **call.kwargs)
+        except _EarlierStageFailed:
+            if self._wanted(frame):
+                skipped = _answer(FrameKind.SKIPPED, frame, started)
+                self._replies.run(lambda: self._link.send(skipped))
+        except Exception as error:  # noqa: BLE001 - the worker's errors are the caller's to hear of
+            self._reply_error(frame, error, started)
+        else:
+            self._reply(frame, output, started)
+        finally:
+            if stage is not None:
+                stage.release_next()
+
+    def _is_step(self, frame: Frame) -> bool:
+        return self._codec.method_name(frame.method) == "execute_model"
+
+    def _wanted(self, frame: Frame) -> bool:
+        return frame.reply_to in (ALL_RANKS, self._context.rank)
+
+    def _reply(self, frame: Frame, output: Any, started: int) -> None:
+        if isinstance(output, DeferredOutput):
+            self._replies.defer(lambda: self._resolve(frame, output, started))
+        elif self._wanted(frame):
+            self._replies.run(lambda: self._link.send(self._result(frame, output, started)))
+
+    def _resolve(self, frame: Frame, output: DeferredOutput[Any], started: int) -> None:
+        try:
+            value = output.wait()
+        except Exception as error:  # noqa: BLE001 - as in _call
+            self._link.send(_error(frame, error, started))
+        else:
+            if self._wanted(frame):
+                self._link.send(self._result(frame, value, started))
+
+    def _result(self, frame: Frame, value: Any, started: int) -> Frame:
+        reply = _answer(FrameKind.REPLY, frame, started)
+        try:
+            _, reply.body, reply.buffers = self._codec.encode_result(frame.method, value)
+        except Exception as error:  # noqa: BLE001 - encoding runs code of the worker's author, which may raise anything
+            return _error(frame, error, started)
+        return reply
+
+    def _reply_error(self, frame: Frame, error: Exception, started: int) -> None:
+        reply = _error(frame, error, started)
+        self._replies.run(lambda: self._link.send(reply))
+
+
+def _answer(kind: FrameKind, frame: Frame, started: int) -> Frame:
+    return Frame(kind, frame.call_id, frame.epoch, frame.method, frame.reply_to, started, time.monotonic_ns())
+
+
+def _error(frame: Frame, error: Exception, started: int) -> Frame:
+    reply = _answer(FrameKind.ERROR, frame, started)
+    reply.body = RemoteFailure.of(error).pack()
+    return reply
+
+
+class _EarlierStageFailed(Exception):
+    """This call cannot run here: an earlier pipeline stage failed, and reports why itself."""
+
+
+class _Stage:
+    """One step on one pipeline stage: tensors in, the worker, tensors out."""
+
+    def __init__(self, link: RankLink, context: RankContext, call_id: int) -> None:
+        self._link = link
+        self._context = context
+        self._call_id = call_id
+        self._next_waits = not context.is_last_stage
+
+    def run(self, execute_model: Callable[[Any, Any], Any], scheduler_output: Any) -> Any:
+        intermediate = None
+        if not self._context.is_first_stage:
+            tensors = self._link.receive_intermediate(self._call_id)
+            if tensors is None:
+                raise _EarlierStageFailed
+            intermediate = IntermediateTensors[Any](tensors)
+        output = execute_model(scheduler_output, intermediate)
+        if self._context.is_last_stage:
+            return output
+        if not isinstance(output, IntermediateTensors):
+            raise TypeError(
+                f"execute_model of pipeline stage {self._context.pipeline_parallel_rank} returned "
+                f"{type(output).__qualname__}; every stage but the last returns IntermediateTensors"
+            )
+        self._next_waits = False
+        self._link.send_intermediate(self._call_id, output.tensors)
+        return output.output
+
+    def release_next(self) -> None:
+        """Tell the next stage that nothing will come, unless something came."""
+        if self._next_waits:
+            self._link.send_intermediate(self._call_id, None)
+
+
+class _ReplyQueue:
+    """Keeps replies in call order although some wait: a thread of its own, started by the first deferred output."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._thread: threading.Thread | None = None
+
+    def defer(self, send: Callable[[], None]) -> None:
+        """Have `send`, which may block, run on the completion thread after what was put there before."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._drain, name="asyncexec-completion", daemon=True)
+            self._thread.start()
+        self._queue.put(send)
+
+    def run(self, send: Callable[[], None]) -> None:
+        """Run `send` now, or behind what is still waited for."""
+        if self._queue.unfinished_tasks:
+            self.defer(send)
+        else:
+            send()
+
+    def finish(self) -> None:
+        """Wait until everything has been sent."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+
+    def _drain(self) -> None:
+        while (send := self._queue.get()) is not None:
+            try:
+                send()
+            finally:
+                self._queue.task_done()

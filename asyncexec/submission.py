@@ -1,0 +1,96 @@
+"""One submitted call: its frame and future, when what happened to it, and how its outputs become the answer."""
+
+import time
+from typing import Any
+
+import msgspec
+
+from asyncexec.aggregate import Aggregator
+from asyncexec.codec import Codec, Payload
+from asyncexec.errors import AggregationError, CallError, PayloadError
+from asyncexec.future import StepFuture, StepTiming
+from asyncexec.window import Call
+from asyncexec.wire import Frame
+
+
+class Reply(msgspec.Struct, frozen=True, eq=False):
+    """One rank's reply, with times in nanoseconds of CLOCK_MONOTONIC.
+
+    Attributes:
+        frame: as received.
+        received: when the driver had read it.
+        rank_free: when the rank had ended the call before this one.
+    """
+
+    frame: Frame
+    received: int
+    rank_free: int
+
+
+class Submission(msgspec.Struct, eq=False):
+    """What the driver keeps with a call while the window has it.
+
+    Attributes:
+        frame: the encoded call.
+        future: what the caller holds.
+        aggregator: merges the outputs.
+        output_rank: as the aggregator is told.
+        submitted, encoded, send_began, send_ended: when, in nanoseconds of CLOCK_MONOTONIC.
+    """
+
+    frame: Frame
+    future: StepFuture[Any]
+    aggregator: Aggregator
+    output_rank: int
+    submitted: int
+    encoded: int
+    send_began: int = 0
+    send_ended: int = 0
+
+    def complete(self, call: Call, codec: Codec) -> None:
+        """Decode and merge `call.outputs`; answer the caller unless it has been answered already."""
+        outputs: dict[int, Any] = {}
+        error: CallError | None = None
+        result: Any = None
+        try:
+            for rank, reply in call.outputs.items():
+                frame = reply.frame
+                outputs[rank] = codec.decode_result(Payload(frame.method, frame.body, frame.buffers))
+        except Exception as cause:  # noqa: BLE001 - decoding runs code of the worker's author, which may raise anything
+            error = _error(PayloadError, "the result cannot be decoded", call, cause)
+        decoded = time.monotonic_ns()
+        if error is None:
+            try:
+                result = self.aggregator.aggregate(outputs, self.output_rank)
+            except Exception as cause:  # noqa: BLE001 - so does aggregating
+                error = _error(AggregationError, "the aggregator raised", call, cause)
+        if call.answered:
+            return
+        if error is not None:
+            self.future.set_exception(error)
+        else:
+            done = time.monotonic_ns()
+            last: Reply = reply
+            self.future.set_result(result, lambda: self._timing(last, decoded, done))
+
+    def _timing(self, last: Reply, decoded: int, done: int) -> StepTiming:
+        """Cut the time from submission to `done` at the marks that driver and rank left."""
+        started, ended = last.frame.started_ns, last.frame.ended_ns
+        sent = min(self.send_ended, started)
+        queued_on_rank = min(max(last.rank_free - sent, 0), started - sent)
+        encoding, waiting = self.encoded - self.submitted, self.send_began - self.encoded
+        return StepTiming(
+            queued=(waiting + queued_on_rank) / 1e9,
+            driver=(encoding + sent - self.send_began + decoded - last.received) / 1e9,
+            wire=(started - sent - queued_on_rank + last.received - ended) / 1e9,
+            worker=(ended - started) / 1e9,
+            aggregate=(done - decoded) / 1e9,
+            total=(done - self.submitted) / 1e9,
+        )
+
+
+def _error(kind: type[PayloadError | AggregationError], what: str, call: Call, cause: Exception) -> CallError:
+    message = f"{what}: {type(cause).__name__}: {cause}"
+    error = kind(message, method=call.method, call_id=call.call_id, epoch=call.epoch)
+    error.__cause__ = cause
+    return error

@@ -1,0 +1,126 @@
+"""The Transport contract: moves frames between the driver and its ranks, and reports ranks that are lost.
+
+A transport knows no futures, no aggregation and no deadlines.  It has a half in the driver (`Transport`) and a half
+in each rank (`RankLink`); the rank's half is driven by `asyncexec.runtime.RankRuntime`, which is the same for all.
+"""
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import msgspec
+
+from asyncexec.config import ExecutorConfig
+from asyncexec.wire import Frame
+from asyncexec.worker import RankContext
+
+
+class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The options of a transport that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankLoss:
+    """What is known of a rank that ended.
+
+    Attributes:
+        reason: in words, such as "exited with status 3".
+        pid: its process, where it had one of its own.
+        exit_code: None where a signal ended it, or nothing is known.
+        signal: the signal's name, such as "SIGKILL".
+    """
+
+    reason: str
+    pid: int | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+
+
+class TransportEvents(Protocol):
+    """What a transport tells its executor, always on the event loop that called `open`."""
+
+    def frame_received(self, rank: int, frame: Frame) -> None:
+        """`rank` sent a frame.  Frames of one rank come in the order in which it sent them."""
+        ...
+
+    def rank_lost(self, rank: int, loss: RankLoss) -> None:
+        """`rank` ended without being asked to, or can no longer be reached.  Said at most once for a rank."""
+        ...
+
+
+class Transport(abc.ABC):
+    """The driver's half.  Constructed by the executor; every method is called on one event loop.
+
+    Args:
+        config: the executor's configuration.
+        options: this transport's own options, an instance of `Options`.
+        events: whom to tell.
+    """
+
+    Options: ClassVar[type[msgspec.Struct]] = NoOptions
+    """The struct that the table `options.<transport name>` of the configuration is read into."""
+
+    def __init__(self, config: ExecutorConfig, options: Any, events: TransportEvents) -> None:
+        self.config = config
+        self.options = options
+        self.events = events
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why this transport cannot be used on this machine and what to install; None where it can."""
+        return None
+
+    @abc.abstractmethod
+    async def open(self) -> None:
+        """Bring up all ranks, so that frames can be sent to them.
+
+        A failure, or a cancellation, leaves nothing behind.  Raises ConfigError where the configuration cannot work
+        on this machine.
+        """
+
+    @abc.abstractmethod
+    def send(self, frame: Frame, ranks: Sequence[int]) -> None:
+        """Send one frame to each of `ranks`, in order behind what was sent before.  Never blocks.
+
+        The frame's memory may be read until it has been received: it must not change before the call is settled.
+        """
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """End all ranks: ask, then terminate, then kill, each within its limit of `config.timeouts`.
+
+        Whatever was sent before is finished first, within the first limit.  May be called again.
+        """
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """End all ranks at once.  May be called at any time and again."""
+
+
+class RankLink(abc.ABC):
+    """The rank's half: where its frames come from and go to, and its way to the neighbouring pipeline stages."""
+
+    @abc.abstractmethod
+    def receive(self) -> Frame | None:
+        """Block until the driver's next frame; None when the driver is gone.  Called by one thread."""
+
+    @abc.abstractmethod
+    def send(self, frame: Frame) -> None:
+        """Send a frame to the driver.  May be called by several threads."""
+
+    @abc.abstractmethod
+    def join(self) -> RankContext:
+        """Make the process groups with the other ranks, and tell this rank's place.  Blocks; called once."""
+
+    @abc.abstractmethod
+    def send_intermediate(self, call_id: int, tensors: Mapping[str, Any] | None) -> None:
+        """Hand tensors to the next pipeline stage, or None to say that this stage has none because it failed."""
+
+    @abc.abstractmethod
+    def receive_intermediate(self, call_id: int) -> Mapping[str, Any] | None:
+        """Block until the previous stage's tensors are there; None when it had none because it failed."""
+
+    @abc.abstractmethod
+    def leave(self) -> None:
+        """Leave the process groups.  Called once, after the last frame, whether or not `join` succeeded."""

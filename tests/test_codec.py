@@ -1,0 +1,204 @@
+"""What travels how: decided by the type hints, equal on both ends, and nothing is lost."""
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+import workers
+from asyncexec import ConfigError, DeferredOutput, IntermediateTensors, RankContext
+from asyncexec.codec import Codec, Payload
+from asyncexec.pickling import dumps, loads
+
+
+class Batch(msgspec.Struct):
+    ids: list[int]
+    hidden: torch.Tensor
+    mask: np.ndarray | None = None
+
+
+class Opaque:
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Opaque) and other.value == self.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Everything:
+    def execute_model(
+        self, scheduler_output: Batch, intermediate: IntermediateTensors[Batch] | None
+    ) -> Batch | IntermediateTensors[Batch]:
+        raise NotImplementedError
+
+    def deferred(self, numbers: tuple[int, ...] = (1, 2)) -> DeferredOutput[Batch]:
+        raise NotImplementedError
+
+    def blob(self, data: bytes, view: bytearray | None = None) -> bytes:
+        raise NotImplementedError
+
+    def keywords(self, a: int, *, b: dict[str, float], c: str | None = None) -> set[str]:
+        raise NotImplementedError
+
+    def anything(self, value: Any) -> Any:
+        raise NotImplementedError
+
+    def opaque(self, value: Opaque) -> Opaque:
+        raise NotImplementedError
+
+    def variadic(self, *values: int, **named: int) -> None:
+        raise NotImplementedError
+
+    def unhinted(self, value):  # type: ignore[no-untyped-def]
+        raise NotImplementedError
+
+    def unresolvable(self, value: "Missing") -> int:  # type: ignore[name-defined]  # noqa: F821
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return Codec(Everything)
+
+
+def travel(payload: Payload) -> Payload:
+    """The payload as the other end receives it: in other, writable memory."""
+    return payload._replace(body=bytes(payload.body), buffers=[bytearray(buffer) for buffer in payload.buffers])
+
+
+def call(codec: Codec, method: str, *args: Any, **kwargs: Any) -> Any:
+    received = codec.decode_call(travel(codec.encode_call(method, args, kwargs)))
+    assert received.target == method
+    return list(received.args), dict(received.kwargs)
+
+
+def result(codec: Codec, method: str, value: Any) -> Any:
+    number = codec.encode_call(method, [0] * (method == "unhinted"), {}).method if method == "unhinted" else None
+    if number is None:
+        number = next(n for n in range(1, 20) if codec.method_name(n) == method)
+    return codec.decode_result(travel(codec.encode_result(number, value)))
+
+
+def test_the_hints_decide_the_format(codec: Codec) -> None:
+    assert codec.formats == {
+        "anything": ("pickled", "pickled"),
+        "blob": ("typed", "typed"),
+        "deferred": ("typed", "typed"),
+        "execute_model": ("typed", "typed"),
+        "keywords": ("typed", "typed"),
+        "opaque": ("pickled", "pickled"),
+        "unhinted": ("pickled", "pickled"),
+        "unresolvable": ("pickled", "pickled"),
+        "variadic": ("pickled", "typed"),
+    }
+
+
+def test_both_ends_agree_or_know_it() -> None:
+    class Same(Everything):
+        pass
+
+    class Other(Everything):
+        def deferred(self, numbers: tuple[str, ...] = ()) -> DeferredOutput[Batch]:
+            raise NotImplementedError
+
+    assert Codec(Same).fingerprint == Codec(Everything).fingerprint
+    assert Codec(Other).fingerprint != Codec(Everything).fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 3), (), (0, 4), (1000,)])
+@pytest.mark.parametrize("method", ["execute_model", "anything"])
+def test_tensors_keep_dtype_and_shape(codec: Codec, method: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.ones(shape, dtype=dtype)
+    value = Batch([1], tensor) if method == "execute_model" else tensor
+    (received,), _ = call(codec, method, value)
+    tensor_received = received.hidden if method == "execute_model" else received
+    assert tensor_received.dtype == dtype
+    assert torch.equal(tensor_received, tensor)
+    tensor_received.add_(tensor) if dtype != torch.bool else tensor_received.logical_not_()  # it is writable
+
+
+def test_memory_travels_beside_the_message(codec: Codec) -> None:
+    data = np.arange(100_000, dtype=np.float64)
+    typed = codec.encode_call("execute_model", (Batch([1], torch.from_numpy(data), data),), {})
+    pickled = codec.encode_call("anything", ({"a": data, "b": torch.from_numpy(data)},), {})
+    blob = codec.encode_call("blob", (data.tobytes(),), {})
+    for payload in (typed, pickled, blob):
+        assert len(payload.body) < 1000
+        assert sum(memoryview(b).nbytes for b in payload.buffers) in (data.nbytes, 2 * data.nbytes)
+    address = data.__array_interface__["data"][0]
+    sent = [np.frombuffer(b, np.uint8).__array_interface__["data"][0] for b in (*typed.buffers, *pickled.buffers)]
+    assert sent == [address] * 4, "the memory was copied"
+
+
+def test_values_come_back_equal(codec: Codec) -> None:
+    assert call(codec, "deferred") == ([(1, 2)], {})
+    assert call(codec, "deferred", (5,)) == ([(5,)], {})
+    assert call(codec, "keywords", 1, b={"x": 0.5}) == ([1], {"b": {"x": 0.5}, "c": None})
+    assert call(codec, "blob", b"x" * 5000, bytearray(b"y")) == ([b"x" * 5000, bytearray(b"y")], {})
+    assert call(codec, "blob", b"x") == ([b"x", None], {})
+    assert call(codec, "variadic", 1, 2, a=3) == ([1, 2], {"a": 3})
+    assert call(codec, "opaque", Opaque(4)) == ([Opaque(4)], {})
+    assert call(codec, "anything", ({1, 2}, (3,), b"z" * 4000)) == ([({1, 2}, (3,), b"z" * 4000)], {})
+    assert result(codec, "keywords", {"a", "b"}) == {"a", "b"}
+    assert result(codec, "blob", b"r" * 3000) == b"r" * 3000
+    assert result(codec, "execute_model", None) is None
+    assert result(codec, "variadic", None) is None
+
+
+def test_a_callable_travels_by_value(codec: Codec) -> None:
+    offset = 5
+    received = codec.decode_call(travel(codec.encode_call(lambda worker, x: worker + x + offset, (1,), {})))
+    assert callable(received.target)
+    assert received.target(10, *received.args) == 16
+
+
+def test_what_cannot_be_sent_is_said(codec: Codec) -> None:
+    with pytest.raises(ConfigError, match=r"Everything has no method 'nothing'; it has: anything, blob"):
+        codec.encode_call("nothing", (), {})
+    with pytest.raises(TypeError, match="required argument"):
+        codec.encode_call("execute_model", (), {})
+    with pytest.raises(TypeError, match="positional"):
+        codec.encode_call("execute_model", (1, 2), {})
+    with pytest.raises(TypeError, match="Opaque"):
+        codec.encode_call("execute_model", (Opaque(1),), {})
+    with pytest.raises(TypeError, match="dtype object"):
+        codec.encode_call("execute_model", (Batch([1], torch.ones(1), np.array([None])),), {})
+
+
+def test_structs_of_main_travel_by_value() -> None:
+    """cloudpickle alone would lose their fields."""
+    namespace: dict[str, Any] = {"__name__": "__main__", "msgspec": msgspec}
+    source = """
+class Inner(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    some_value: int
+    more: list[int] = []
+    def doubled(self): return self.some_value * 2
+class Outer(msgspec.Struct, tag=True):
+    inner: Inner
+"""
+    exec(source, namespace)
+    outer = namespace["Outer"](namespace["Inner"](some_value=4))
+    message, buffers = dumps((namespace["Outer"], outer))
+    kind, copy = loads(message, buffers)
+    assert kind is not namespace["Outer"]
+    assert isinstance(copy, kind)
+    assert copy.inner.doubled() == 8
+    assert msgspec.json.encode(copy) == msgspec.json.encode(outer) == b'{"type":"Outer","inner":{"someValue":4,"more":[]}}'
+    assert msgspec.json.decode(msgspec.json.encode(outer), type=kind) == copy
+
+
+def test_a_worker_that_answers_any_name() -> None:
+    class Wrapper:
+        def __init__(self, context: RankContext) -> None:
+            self.worker = workers.EchoWorker(context)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.worker, name)
+
+    received = Codec(Wrapper).decode_call(travel(Codec(Wrapper).encode_call("greet", ("you",), {"loud": True})))
+    assert received == ("greet", ["you"], {"loud": True})

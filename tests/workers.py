@@ -1,0 +1,197 @@
+"""The workers that the tests put on ranks: importable there, and each small."""
+
+import os
+import threading
+import time
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from asyncexec import DeferredOutput, IntermediateTensors, RankContext
+
+
+class Item(msgspec.Struct):
+    number: int
+    values: list[float] = []
+
+
+class EchoWorker:
+    """Returns what it is given; with pipeline stages, passes it on as an array first."""
+
+    def __init__(self, context: RankContext, *, greeting: str = "hello") -> None:
+        self.context = context
+        self.greeting = greeting
+        self.steps = 0
+
+    def execute_model(self, scheduler_output: Any, intermediate: IntermediateTensors[Any] | None) -> Any:
+        self.steps += 1
+        return scheduler_output if self.context.is_last_stage else IntermediateTensors({})
+
+    def sample_tokens(self, bias: int) -> int:
+        return self.steps * 100 + bias
+
+    def rank(self) -> int:
+        return self.context.rank
+
+    def place(self) -> dict[str, Any]:
+        c = self.context
+        return {
+            "rank": c.rank,
+            "local_rank": c.local_rank,
+            "world_size": c.world_size,
+            "tp": (c.tensor_parallel_rank, c.tensor_parallel_size),
+            "pp": (c.pipeline_parallel_rank, c.pipeline_parallel_size),
+            "device": c.device,
+        }
+
+    def greet(self, name: str, *, loud: bool = False) -> str:
+        text = f"{self.greeting}, {name}"
+        return text.upper() if loud else text
+
+    def typed(self, item: Item) -> Item:
+        return Item(item.number + 1, [*item.values, 0.5])
+
+    def untyped(self, *values, **named):  # type: ignore[no-untyped-def]
+        return values, named
+
+    def add_one(self, array: np.ndarray) -> np.ndarray:
+        return array + 1
+
+    def double_bytes(self, data: bytes) -> bytes:
+        return data * 2
+
+    def fail(self, message: str) -> None:
+        raise ValueError(message)
+
+    def fail_on(self, rank: int) -> int:
+        if self.context.rank == rank:
+            raise ValueError(f"rank {rank} does not like this")
+        return self.context.rank
+
+    def unpicklable(self) -> Any:
+        return threading.Lock()
+
+    def exit(self, status: int) -> None:
+        os._exit(status)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def nap(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def environment(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+
+class SleepyStages:
+    """Each pipeline stage takes as long: the sleep stands for a GPU's work."""
+
+    def __init__(self, context: RankContext, *, seconds: float) -> None:
+        self.context = context
+        self.seconds = seconds
+
+    def execute_model(self, scheduler_output: int, intermediate: IntermediateTensors[int] | None) -> Any:
+        time.sleep(self.seconds)
+        total = np.array([scheduler_output]) if intermediate is None else intermediate["total"] + scheduler_output
+        return int(total[0]) if self.context.is_last_stage else IntermediateTensors({"total": total})
+
+
+class LargeHop:
+    """Hands an array to the next stage that no socket buffer holds."""
+
+    def __init__(self, context: RankContext, *, size: int) -> None:
+        self.context = context
+        self.array = np.zeros(size)
+
+    def execute_model(self, scheduler_output: int, intermediate: IntermediateTensors[Any] | None) -> Any:
+        if intermediate is not None:
+            return float(intermediate["a"].sum())
+        self.array[:] = scheduler_output  # the same memory in every step
+        return IntermediateTensors({"a": self.array})
+
+
+class FussyStages:
+    """The stage that the scheduler output names raises; every other passes on."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.context = context
+
+    def execute_model(self, scheduler_output: int | None, intermediate: IntermediateTensors[Any] | None) -> Any:
+        if scheduler_output == self.context.pipeline_parallel_rank:
+            raise RuntimeError(f"stage {scheduler_output} fails")
+        if self.context.is_last_stage:
+            return "fine"
+        return IntermediateTensors({}, output="passed on")
+
+
+class WrongStage:
+    """Returns a plain value from a stage that is not the last."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.context = context
+
+    def execute_model(self, scheduler_output: Any, intermediate: Any) -> Any:
+        return scheduler_output
+
+
+class Later(DeferredOutput[int]):
+    """Is there once the event that it waits for is set."""
+
+    def __init__(self, value: int, ready: threading.Event) -> None:
+        self.value = value
+        self.ready = ready
+
+    def wait(self) -> int:
+        self.ready.wait()
+        if self.value < 0:
+            raise ValueError(f"{self.value} went wrong late")
+        return self.value
+
+
+class DeferringWorker:
+    """Its outputs are not there before `release` has run: the main thread must go on meanwhile."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.ready = threading.Event()
+        self.started: list[int] = []
+
+    def execute_model(self, scheduler_output: int, intermediate: None) -> DeferredOutput[int]:
+        self.started.append(scheduler_output)
+        if len(self.started) == 2:
+            self.ready.set()
+        return Later(scheduler_output, self.ready)
+
+
+class FailsToStart:
+    def __init__(self, context: RankContext, *, rank: int) -> None:
+        if context.rank == rank:
+            raise RuntimeError(f"no luck on rank {rank}")
+
+
+class ExitsAtStart:
+    def __init__(self, context: RankContext, *, rank: int) -> None:
+        if context.rank == rank:
+            os._exit(17)
+        threading.Event().wait()
+
+
+class SumWorker:
+    """Sums over its process groups."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.context = context
+
+    def sums(self) -> tuple[int, int]:
+        import torch
+        import torch.distributed as dist
+
+        mine = [torch.tensor(self.context.rank) for _ in range(2)]
+        dist.all_reduce(mine[0], group=self.context.groups.world)
+        if self.context.groups.tensor_parallel is not None:
+            dist.all_reduce(mine[1], group=self.context.groups.tensor_parallel)
+        return int(mine[0]), int(mine[1])
+
+    def execute_model(self, scheduler_output: Any, intermediate: Any) -> Any:
+        return None

@@ -1,0 +1,15 @@
+"""The `nccl` transport: one process per rank, joined by NCCL on GPUs and by Gloo without.
+
+    transport   the driver's half: spawns the ranks, sends and receives their frames, ends them
+    process     one rank's process: how it is spawned, watched and ended
+    stream      frames over a socket: without blocking in the driver, blocking on the rank
+    rank        the rank's half, and what a rank's process runs
+    groups      the process groups of torch.distributed
+    hops        intermediate tensors from one pipeline stage to the next
+
+The driver imports no torch.
+"""
+
+from asyncexec_nccl.transport import NcclTransport
+
+__all__ = ["NcclTransport"]

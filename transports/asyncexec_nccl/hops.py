@@ -1,0 +1,89 @@
+"""Intermediate tensors from one pipeline stage to the next, rank to rank.
+
+A hop is one frame on a socket pair between the two ranks: names, dtypes and shapes in its body, the tensors' memory
+beside it.  The receiver needs no round trip to learn their sizes.
+
+A neighbour that is gone is not an error here: its death explains itself to the driver.
+"""
+
+import queue
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from asyncexec.errors import WireError
+from asyncexec.tensors import decode_tensors, encode_tensors
+from asyncexec.wire import Buffer, Frame, FrameKind
+from asyncexec_nccl.stream import RankStream
+
+
+class HopSender:
+    """The way to the next stage.
+
+    What does not fit into the socket's buffer is written by a thread of its own, so that this stage goes on with its
+    next step while the next stage is still busy with the one before.
+    """
+
+    def __init__(self, stream: RankStream) -> None:
+        self._stream = stream
+        self._waiting: queue.Queue[list[Buffer]] = queue.Queue()
+        self._thread: threading.Thread | None = None
+
+    def send(self, call_id: int, tensors: Mapping[str, Any] | None) -> None:
+        """Send a step's tensors, or None to say that there are none; they may be overwritten afterwards."""
+        if tensors is None:
+            frame = Frame(FrameKind.SKIPPED, call_id)
+        else:
+            body, buffers = encode_tensors(tensors)
+            frame = Frame(FrameKind.CALL, call_id, body=body, buffers=buffers)
+        pieces = frame.pack()
+        try:
+            rest = pieces if self._waiting.unfinished_tasks else self._stream.send_what_fits(pieces)
+        except ConnectionError:
+            return  # as above: the next stage is gone
+        if rest:
+            self._finish_later([bytes(piece) for piece in rest])
+
+    def _finish_later(self, pieces: list[Buffer]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write, name="asyncexec-hop", daemon=True)
+            self._thread.start()
+        self._waiting.put(pieces)
+
+    def _write(self) -> None:
+        while True:
+            pieces = self._waiting.get()
+            try:
+                self._stream.send_pieces(pieces)
+            except ConnectionError:
+                return  # as above
+            self._waiting.task_done()
+
+
+class HopReceiver:
+    """The way from the previous stage.
+
+    Args:
+        stream: the connection to it.
+        device: where the tensors are to be.
+    """
+
+    def __init__(self, stream: RankStream, device: str) -> None:
+        self._stream = stream
+        self._device = device
+
+    def receive(self, call_id: int) -> Mapping[str, Any] | None:
+        """Block until the step's tensors are there; None when there will be none.
+
+        Raises:
+            WireError: the previous stage has gone on to a later step.
+        """
+        while (frame := self._stream.receive()) is not None:
+            if frame.call_id < call_id:
+                continue  # of a step that this stage could not run
+            if frame.call_id > call_id:
+                raise WireError(
+                    f"the previous stage sent the tensors of call {frame.call_id} in place of call {call_id}"
+                )
+            return None if frame.kind is FrameKind.SKIPPED else decode_tensors(frame.body, frame.buffers, self._device)
+        return None

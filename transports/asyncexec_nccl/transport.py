@@ -1,0 +1,155 @@
+"""The driver's half: spawns the ranks, sends and receives their frames, ends them."""
+
+import asyncio
+import contextlib
+import functools
+import importlib.util
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import anyio
+import msgspec
+
+from asyncexec.config import ExecutorConfig
+from asyncexec.transport import RankLoss, Transport, TransportEvents
+from asyncexec.wire import Frame, FrameKind
+from asyncexec_nccl.process import RankLaunch, RankProcess, inheritable
+from asyncexec_nccl.stream import DriverStream
+
+_LAST_LIMIT = 5.0
+"""Seconds that the kernel is given to end a process after SIGKILL."""
+
+
+class NcclOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The table `options.nccl`.
+
+    Attributes:
+        backend: of the process groups.  "auto" is "nccl" where every rank has a GPU of its own, else "gloo"; "none"
+            makes no groups, for workers that make their own.
+        environment: variables set for the ranks, beside what they inherit.
+    """
+
+    backend: Literal["auto", "nccl", "gloo", "none"] = "auto"
+    environment: dict[str, str] = {}
+
+
+class NcclTransport(Transport):
+    """One spawned process per rank, each on a socket pair that nobody else can open."""
+
+    Options = NcclOptions
+    options: NcclOptions
+
+    def __init__(self, config: ExecutorConfig, options: Any, events: TransportEvents) -> None:
+        super().__init__(config, options, events)
+        self._streams: list[DriverStream] = []
+        self._processes: list[RankProcess] = []
+        self._closing = False
+        self._one_ended = anyio.Event()
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Linux and torch are needed."""
+        if sys.platform != "linux":
+            return f"it watches its ranks through pidfds, which {sys.platform} does not have; it needs Linux"
+        if importlib.util.find_spec("torch") is None:
+            return "torch is not installed: pip install 'asyncexec[nccl]'"
+        return None
+
+    async def open(self) -> None:
+        """Spawn the ranks.  They join each other and construct their workers when they get the START frame."""
+        loop = asyncio.get_running_loop()
+        config, size = self.config, self.config.tensor_parallel_size
+        with contextlib.ExitStack() as stack:
+            store = os.memfd_create("asyncexec-store")
+            stack.callback(os.close, store)
+            controls = [_pair(stack, keep_first=True) for _ in range(config.world_size)]
+            hops = [_pair(stack) for _ in range(config.world_size - size)]
+            for rank, (ours, theirs) in enumerate(controls):
+                previous = hops[rank - size][1] if rank >= size else None
+                following = hops[rank][0] if rank < len(hops) else None
+                launch = RankLaunch(
+                    driver_pid=os.getpid(),
+                    rank=rank,
+                    tensor_parallel_size=size,
+                    pipeline_parallel_size=config.pipeline_parallel_size,
+                    backend=self.options.backend,
+                    max_frame_bytes=config.max_frame_bytes,
+                    control=theirs.fileno(),
+                    store=store,
+                    previous=inheritable(previous),
+                    next=inheritable(following),
+                    sys_path=sys.path,
+                )
+                keep = [fd for fd in (launch.control, launch.store, launch.previous, launch.next) if fd >= 0]
+                on_exit = functools.partial(self._exited, rank)
+                self._processes.append(RankProcess(loop, launch, keep, self._environment(), on_exit))
+                on_frame = functools.partial(self.events.frame_received, rank)
+                on_end = functools.partial(self._stream_ended, rank)
+                self._streams.append(DriverStream(loop, ours, config.max_frame_bytes, on_frame, on_end))
+
+    def send(self, frame: Frame, ranks: Sequence[int]) -> None:
+        """Write the frame to each rank's socket, encoded once."""
+        pieces = frame.pack()
+        for rank in ranks:
+            self._streams[rank].send(pieces)
+
+    async def close(self) -> None:
+        """STOP, then SIGTERM, then SIGKILL, each within its limit."""
+        self._closing = True
+        limits = self.config.timeouts
+        self.send(Frame(FrameKind.STOP), range(len(self._streams)))
+        for limit, then in ((limits.stop, signal.SIGTERM), (limits.terminate, signal.SIGKILL), (_LAST_LIMIT, None)):
+            with anyio.move_on_after(limit):
+                await self._until_all_ended()
+            for process in self._processes:
+                if then is not None:
+                    process.signal(then)
+        for stream in self._streams:
+            stream.close()
+
+    def abort(self) -> None:
+        """SIGKILL to every rank."""
+        self._closing = True
+        for process in self._processes:
+            process.signal(signal.SIGKILL)
+
+    async def _until_all_ended(self) -> None:
+        while any(process.running for process in self._processes):
+            await self._one_ended.wait()
+
+    def _environment(self) -> dict[str, str]:
+        threads = max(1, (os.cpu_count() or 1) // self.config.world_size)
+        defaults = {"OMP_NUM_THREADS": str(threads)}
+        return defaults | dict(os.environ) | self.options.environment
+
+    def _exited(self, rank: int) -> None:
+        """A rank's process ended: take what it sent last, then say so."""
+        self._one_ended.set()
+        self._one_ended = anyio.Event()
+        if rank < len(self._streams):
+            self._streams[rank].read()
+        self._lost(rank, self._processes[rank].loss)
+
+    def _stream_ended(self, rank: int, error: Exception | None) -> None:
+        """A rank's socket ended.  Usually its process ends with it, and has more to tell."""
+        if error is not None:
+            self._lost(rank, lambda: RankLoss(f"its connection failed: {error}", self._processes[rank].pid))
+        elif not self._closing:
+            self._processes[rank].signal(signal.SIGKILL)
+
+    def _lost(self, rank: int, loss: Callable[[], RankLoss]) -> None:
+        if not self._closing:
+            self.events.rank_lost(rank, loss())
+
+
+def _pair(stack: contextlib.ExitStack, *, keep_first: bool = False) -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets, closed in the driver once the ranks have inherited them."""
+    first, second = socket.socketpair()
+    stack.callback(second.close)
+    if not keep_first:
+        stack.callback(first.close)
+    return first, second

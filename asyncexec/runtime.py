@@ -217,8 +217,8 @@ class _Stage:
                 f"execute_model of pipeline stage {self._context.pipeline_parallel_rank} returned "
                 f"{type(output).__qualname__}; every stage but the last returns IntermediateTensors"
             )
-        self._next_waits = False
         self._link.send_intermediate(self._call_id, output.tensors)
+        self._next_waits = False
         return output.output
 
     def release_next(self) -> None:

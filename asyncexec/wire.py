@@ -8,7 +8,7 @@ and byte strings as it is.  Parser and packer do no I/O: each side feeds them fr
 
 import enum
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -131,22 +131,21 @@ class FrameParser:
             return self._direct[self._filled :]
         return self._scratch[self._end :]
 
-    def received(self, count: int) -> list[Frame]:
-        """Take note of `count` bytes written into `space()`; returns the frames that they complete.
+    def received(self, count: int) -> Iterator[Frame]:
+        """Take note of `count` bytes written into `space()`; iterate over the frames that they complete.
 
         Raises:
-            WireError: the stream is not one of ours, of another version, or announces too large a frame.
+            WireError: the stream is not one of ours, of another version, or announces too large a frame.  The
+                frames before it have been given out.
         """
         if self._direct is None:
             self._end += count
         else:
             self._filled += count
-        frames: list[Frame] = []
         while (section := self._next_section()) is not None:
             frame = self._take(section)
             if frame is not None:
-                frames.append(frame)
-        return frames
+                yield frame
 
     @property
     def mid_frame(self) -> bool:

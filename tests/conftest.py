@@ -6,6 +6,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import uvloop
 
 # the machines that run this are shared: how long an example takes says nothing
 hypothesis.settings.register_profile("asyncexec", deadline=None, print_blob=True)
@@ -30,6 +31,10 @@ def layout(request: pytest.FixtureRequest) -> dict[str, Any]:
 @pytest.fixture
 def world_size(layout: dict[str, Any]) -> int:
     return int(layout.get("tensor_parallel_size", 1) * layout.get("pipeline_parallel_size", 1))
+
+
+# libuv opens a pipe for signals with a process's first loop, and keeps it
+uvloop.new_event_loop().close()
 
 
 def children() -> set[int]:

@@ -27,7 +27,7 @@ def feed(parser: FrameParser, data: bytes, sizes: list[int]) -> list[Frame]:
         space = parser.space()
         count = min(len(space), len(view), sizes[turn % len(sizes)])
         space[:count] = view[:count]
-        frames += parser.received(count)
+        frames.extend(parser.received(count))
         view, turn = view[count:], turn + 1
     return frames
 

@@ -1,6 +1,7 @@
 """The workers that the tests put on ranks: importable there, and each small."""
 
 import os
+import socket
 import threading
 import time
 from typing import Any
@@ -63,6 +64,9 @@ class EchoWorker:
 
     def fail(self, message: str) -> None:
         raise ValueError(message)
+
+    def fail_strangely(self) -> None:
+        raise ValueError("no surrogates: \ud800")
 
     def fail_on(self, rank: int) -> int:
         if self.context.rank == rank:
@@ -195,3 +199,34 @@ class SumWorker:
 
     def execute_model(self, scheduler_output: Any, intermediate: Any) -> Any:
         return None
+
+
+class RankTrail:
+    """Collects the ranks that a step's tensors went through."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.context = context
+
+    def execute_model(self, scheduler_output: Any, intermediate: IntermediateTensors[Any] | None) -> Any:
+        trail = [] if intermediate is None else intermediate["trail"].tolist()
+        trail.append(self.context.rank)
+        return trail if self.context.is_last_stage else IntermediateTensors({"trail": np.array(trail)})
+
+
+class HandsOn:
+    """Hands one value on to the last stage, which returns its first item."""
+
+    def __init__(self, context: RankContext, *, value: Any) -> None:
+        self.context = context
+        self.value = value
+
+    def execute_model(self, scheduler_output: Any, intermediate: IntermediateTensors[Any] | None) -> Any:
+        return IntermediateTensors({"x": self.value}) if intermediate is None else float(intermediate["x"][0])
+
+
+def close_sockets(worker: Any) -> None:
+    """Breaks the rank's connections and goes on."""
+    for name in os.listdir("/proc/self/fd"):
+        if os.path.exists(f"/proc/self/fd/{name}") and os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+            socket.socket(fileno=os.dup(int(name))).shutdown(socket.SHUT_RDWR)
+    threading.Event().wait()

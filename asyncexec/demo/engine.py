@@ -171,8 +171,7 @@ class AsyncEngine:
             EngineClosed: the engine is not open, or was closed meanwhile.
             AsyncExecError: the executor failed, and every open stream with it.
         """
-        if self._failure is not None:
-            raise self._failure
+        self._check_open()
         _check_sampling(sampling)
         request = Request(self._prompt_ids(prompt), max_tokens, sampling, ignore_eos)
         self._scheduler.check(request)
@@ -186,14 +185,13 @@ class AsyncEngine:
                 if finish_reason is not None:
                     text += detokenizer.finish()
                 yield Token(token_id, text, finish_reason)
-        if request.finish_reason is FinishReason.ABORTED and self._failure is not None:
-            raise self._failure
+        if request.finish_reason is FinishReason.ABORTED:
+            self._check_open()
 
     @contextmanager
     def _queued(self, request: Request) -> Iterator[MemoryObjectReceiveStream[_SampledToken]]:
         """Have a request run for as long as the context lasts, or until it ends by itself."""
-        if self._failure is not None:
-            raise self._failure
+        self._check_open()
         sender, receiver = anyio.create_memory_object_stream[_SampledToken](math.inf)
         with sender, receiver:
             self._scheduler.add(request)
@@ -227,13 +225,17 @@ class AsyncEngine:
         """Hand each step's tokens out as it completes."""
         async for step, future in in_flight:
             output = await future
-            if future.timing is not None:
-                self.timings.append(future.timing)
+            if timing := future.timing:
+                self.timings.append(timing)
             for request, token_id in self._scheduler.complete(step, output.token_ids):
                 self._streams[request].send_nowait((token_id, request.finish_reason))
                 if request.finish_reason is not None:
                     self._streams[request].close()
             self._changed.set()
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _fail(self, error: Exception) -> None:
         """End every open stream with an error, unless there was one before."""
@@ -261,10 +263,10 @@ class AsyncEngine:
             eos_token_ids=frozenset(self._model.eos_token_ids),
         )
 
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        if not prompt:
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if len(prompt) == 0:
             raise InvalidRequest("the prompt is empty")
-        token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         for token_id in token_ids:
             if not 0 <= token_id < self._model.vocab_size:
                 raise InvalidRequest(

@@ -16,6 +16,8 @@ from asyncexec.demo.messages import LAST_SAMPLED, SamplingParams, StepInput, Ste
 from asyncexec.demo.scheduler import FinishReason, InvalidRequest, PromptTooLong
 from asyncexec.demo.tokenizer import ByteTokenizer, NoTokenizer, NotText
 
+pytestmark = pytest.mark.timeout(20)
+
 EOS = 100
 MODEL = ModelConfig(
     hidden_size=8,
@@ -26,6 +28,7 @@ MODEL = ModelConfig(
     max_position_embeddings=64,
     eos_token_id=EOS,
 )
+TIMING = StepTiming(queued=0, driver=0, wire=0, worker=0, aggregate=0, total=0)
 
 
 class FakeExecutor:
@@ -65,14 +68,13 @@ class FakeExecutor:
     def complete(self) -> None:
         """Complete the oldest step in flight."""
         step, future = self.in_flight.pop(0)
-        future.timing = StepTiming(queued=0, driver=0, wire=0, worker=0, aggregate=0, total=0)
         tokens = []
         for part in step.requests:
             last = part.token_ids[-1]
             if part.sample:
                 self._last_sampled[part.slot] = (self._last_sampled[part.slot] if last == LAST_SAMPLED else last) + 1
             tokens.append(self._last_sampled[part.slot] if part.sample else -1)
-        future.set_result(StepOutput(tokens))
+        future.set_result(StepOutput(tokens), lambda: TIMING)
 
     def fail(self, error: Exception) -> None:
         """Fail every step in flight, and refuse further ones."""

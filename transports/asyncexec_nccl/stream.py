@@ -75,7 +75,8 @@ class DriverStream:
             space = self._parser.space()
             try:
                 count = self._socket.recv_into(space)
-                frames = self._parser.received(count)
+                for frame in self._parser.received(count):
+                    self._on_frame(frame)
             except BlockingIOError:
                 return
             except (ConnectionError, WireError) as error:
@@ -83,9 +84,6 @@ class DriverStream:
                 return
             if count == 0:
                 self._end(WireError("the connection ended within a frame") if self._parser.mid_frame else None)
-                return
-            for frame in frames:
-                self._on_frame(frame)
             if count < space.nbytes:
                 return
 

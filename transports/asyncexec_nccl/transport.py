@@ -15,10 +15,14 @@ import anyio
 import msgspec
 
 from asyncexec.config import ExecutorConfig
+from asyncexec.errors import WireError
 from asyncexec.transport import RankLoss, Transport, TransportEvents
 from asyncexec.wire import Frame, FrameKind
 from asyncexec_nccl.process import RankLaunch, RankProcess, inheritable
 from asyncexec_nccl.stream import DriverStream
+
+_EXIT_LIMIT = 1.0
+"""Seconds that a process is given to end after its connection did, before the connection is what is reported."""
 
 _LAST_LIMIT = 5.0
 """Seconds that the kernel is given to end a process after SIGKILL."""
@@ -136,10 +140,14 @@ class NcclTransport(Transport):
 
     def _stream_ended(self, rank: int, error: Exception | None) -> None:
         """A rank's socket ended.  Usually its process ends with it, and has more to tell."""
-        if error is not None:
-            self._lost(rank, lambda: RankLoss(f"its connection failed: {error}", self._processes[rank].pid))
+        if isinstance(error, WireError):
+            self._give_up(rank, f"it sent what is no frame: {error}")
         elif not self._closing:
-            self._processes[rank].signal(signal.SIGKILL)
+            asyncio.get_running_loop().call_later(_EXIT_LIMIT, self._give_up, rank, "it closed its connection")
+
+    def _give_up(self, rank: int, reason: str) -> None:
+        if self._processes[rank].running:
+            self._lost(rank, lambda: RankLoss(reason, self._processes[rank].pid))
 
     def _lost(self, rank: int, loss: Callable[[], RankLoss]) -> None:
         if not self._closing:

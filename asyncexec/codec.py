@@ -72,6 +72,10 @@ class Codec:
         plan = self._plans.get(method)
         return None if plan is None else plan.name
 
+    def method_number(self, name: str) -> int:
+        """The number of the method of this name; -1 where the worker class has none."""
+        return self._numbers.get(name, -1)
+
     def encode_call(self, target: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Payload:
         """Encode a call of a method by name, or of a callable.
 

@@ -87,6 +87,7 @@ class RankRuntime:
         self._context = RankContext()
         self._worker: Any = None
         self._codec = Codec(object)
+        self._step_method = -1
         self._replies = _ReplyQueue()
 
     def serve(self) -> None:
@@ -111,6 +112,7 @@ class RankRuntime:
             spec: WorkerSpec = loads(frame.body, frame.buffers)
             worker_class = load_worker_class(spec.worker)
             self._codec = Codec(worker_class)
+            self._step_method = self._codec.method_number("execute_model")
             if self._codec.fingerprint != spec.fingerprint:
                 raise ConfigError(
                     f"driver and rank disagree on how calls of {worker_class.__qualname__} travel: do both run the same code?"
@@ -118,13 +120,14 @@ class RankRuntime:
             self._context = self._link.join()
             self._worker = worker_class(self._context, **spec.kwargs)
         except Exception as error:  # noqa: BLE001 - every failure to start is the driver's to hear of
-            self._reply_error(frame, error, started)
+            self._send(_error(frame, error, started))
         else:
             self._link.send(self._result(frame, None, started))
 
     def _call(self, frame: Frame) -> None:
         started = time.monotonic_ns()
-        stage = _Stage(self._link, self._context, frame.call_id) if self._is_step(frame) else None
+        is_step = frame.method == self._step_method
+        stage = _Stage(self._link, self._context, frame.call_id) if is_step else None
         try:
             call = self._codec.decode_call(Payload(frame.method, frame.body, frame.buffers))
             if stage is not None:
@@ -135,27 +138,20 @@ class RankRuntime:
                 output = getattr(self._worker, call.target)(*call.args, **call.kwargs)
         except _EarlierStageFailed:
             if self._wanted(frame):
-                skipped = _answer(FrameKind.SKIPPED, frame, started)
-                self._replies.run(lambda: self._link.send(skipped))
+                self._send(_answer(FrameKind.SKIPPED, frame, started))
         except Exception as error:  # noqa: BLE001 - the worker's errors are the caller's to hear of
-            self._reply_error(frame, error, started)
+            self._send(_error(frame, error, started))
         else:
-            self._reply(frame, output, started)
+            if isinstance(output, DeferredOutput):
+                self._replies.defer(lambda: self._resolve(frame, output, started))
+            elif self._wanted(frame):
+                self._send(self._result(frame, output, started))
         finally:
             if stage is not None:
                 stage.release_next()
 
-    def _is_step(self, frame: Frame) -> bool:
-        return self._codec.method_name(frame.method) == "execute_model"
-
     def _wanted(self, frame: Frame) -> bool:
         return frame.reply_to in (ALL_RANKS, self._context.rank)
-
-    def _reply(self, frame: Frame, output: Any, started: int) -> None:
-        if isinstance(output, DeferredOutput):
-            self._replies.defer(lambda: self._resolve(frame, output, started))
-        elif self._wanted(frame):
-            self._replies.run(lambda: self._link.send(self._result(frame, output, started)))
 
     def _resolve(self, frame: Frame, output: DeferredOutput[Any], started: int) -> None:
         try:
@@ -174,9 +170,12 @@ class RankRuntime:
             return _error(frame, error, started)
         return reply
 
-    def _reply_error(self, frame: Frame, error: Exception, started: int) -> None:
-        reply = _error(frame, error, started)
-        self._replies.run(lambda: self._link.send(reply))
+    def _send(self, reply: Frame) -> None:
+        """Send a reply behind those that are still waited for."""
+        if self._replies.busy:
+            self._replies.defer(lambda: self._link.send(reply))
+        else:
+            self._link.send(reply)
 
 
 def _answer(kind: FrameKind, frame: Frame, started: int) -> Frame:
@@ -234,19 +233,17 @@ class _ReplyQueue:
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is still to be sent."""
+        return self._queue.unfinished_tasks > 0
+
     def defer(self, send: Callable[[], None]) -> None:
         """Have `send`, which may block, run on the completion thread after what was put there before."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._drain, name="asyncexec-completion", daemon=True)
             self._thread.start()
         self._queue.put(send)
-
-    def run(self, send: Callable[[], None]) -> None:
-        """Run `send` now, or behind what is still waited for."""
-        if self._queue.unfinished_tasks:
-            self.defer(send)
-        else:
-            send()
 
     def finish(self) -> None:
         """Wait until everything has been sent."""

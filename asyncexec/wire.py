@@ -8,7 +8,7 @@ and byte strings as it is.  Parser and packer do no I/O: each side feeds them fr
 
 import enum
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -23,8 +23,13 @@ ALL_RANKS = -1
 
 _HEADER = struct.Struct("<HBBHHIIQIiQQ")
 HEADER_SIZE = _HEADER.size
-_SCRATCH_SIZE = 1 << 17
-_DIRECT_FROM = _SCRATCH_SIZE // 2
+
+READ_SIZE = 1 << 16
+"""How much to read at once where no large part is wanted."""
+
+_LARGE = READ_SIZE
+"""Parts from this size on are received into memory of their own."""
+
 MAX_BUFFERS = 1 << 16
 
 
@@ -104,20 +109,20 @@ class Frame(msgspec.Struct, eq=False):
 class FrameParser:
     """Cuts a byte stream into frames, whatever pieces it arrives in.
 
-    Write received bytes into `space()`, then call `received(count)`.  Small parts are gathered in one scratch
-    buffer; a large body or buffer is received straight into memory of its own.
+    Small parts are handed in by `feed`.  While `wanted` is not None, a large part is under way: receive into that
+    memory and say how much by `received`, which spares the copy.
 
     Args:
         max_frame_bytes: a frame whose body and buffers are larger together is refused before memory is allocated.
+        on_frame: called with each whole frame.
     """
 
-    def __init__(self, max_frame_bytes: int) -> None:
+    def __init__(self, max_frame_bytes: int, on_frame: Callable[[Frame], None]) -> None:
         self._max_frame_bytes = max_frame_bytes
-        self._scratch = memoryview(bytearray(_SCRATCH_SIZE))
-        self._start = 0
-        self._end = 0
-        self._direct: memoryview | None = None
-        self._filled = 0
+        self._on_frame = on_frame
+        self._rest = b""
+        self.wanted: memoryview | None = None
+        self._large = memoryview(b"")
         self._section = HEADER_SIZE
         self._frame: Frame | None = None
         self._body_size: int | None = None
@@ -125,80 +130,64 @@ class FrameParser:
         self._lengths: tuple[int, ...] = ()
         self._buffers: list[Buffer] = []
 
-    def space(self) -> memoryview:
-        """Where the next received bytes go; never empty."""
-        if self._direct is not None:
-            return self._direct[self._filled :]
-        return self._scratch[self._end :]
+    @property
+    def mid_frame(self) -> bool:
+        """Whether a frame has begun and not ended: an end of stream now would cut it."""
+        return self._frame is not None or bool(self._rest)
 
-    def received(self, count: int) -> Iterator[Frame]:
-        """Take note of `count` bytes written into `space()`; iterate over the frames that they complete.
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the stream; not while a large part is `wanted`.
 
         Raises:
             WireError: the stream is not one of ours, of another version, or announces too large a frame.  The
                 frames before it have been given out.
         """
-        if self._direct is None:
-            self._end += count
-        else:
-            self._filled += count
-        while (section := self._next_section()) is not None:
-            frame = self._take(section)
-            if frame is not None:
-                yield frame
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        at = 0
+        while len(data) - at >= self._section:
+            section = data[at : at + self._section]
+            at += self._section
+            self._take(section)
+        if at == len(data):
+            return
+        if self._section < _LARGE:
+            self._rest = data[at:]
+            return
+        # a part that is large, and not all there yet, gets memory of its own
+        self._large = memoryview(bytearray(self._section))
+        self._large[: len(data) - at] = memoryview(data)[at:]
+        self.wanted = self._large[len(data) - at :]
 
-    @property
-    def mid_frame(self) -> bool:
-        """Whether a frame has begun and not ended: an end of stream now would cut it."""
-        return self._frame is not None or self._end > self._start
+    def received(self, count: int) -> None:
+        """Take note of `count` bytes received into `wanted`.  Raises WireError as `feed` does."""
+        if self.wanted is None:
+            raise ValueError("no memory was wanted")
+        self.wanted = self.wanted[count:]
+        if not self.wanted:
+            self.wanted = None
+            self._take(self._large)
 
-    def _next_section(self) -> memoryview | None:
-        """The next whole section (header, body with lengths, or buffer), or None until more bytes are there."""
-        if self._direct is not None:
-            if self._filled < self._section:
-                return None
-            section, self._direct = self._direct, None
-            return section
-        available = self._end - self._start
-        if available >= self._section:
-            section = self._scratch[self._start : self._start + self._section]
-            self._start += self._section
-            if self._start == self._end:
-                self._start = self._end = 0
-            return section
-        if self._section > _DIRECT_FROM:
-            self._direct = memoryview(bytearray(self._section))
-            self._direct[:available] = self._scratch[self._start : self._end]
-            self._filled = available
-            self._start = self._end = 0
-        elif self._start + self._section > _SCRATCH_SIZE:
-            self._scratch[:available] = bytes(self._scratch[self._start : self._end])
-            self._start, self._end = 0, available
-        return None
-
-    def _take(self, section: memoryview) -> Frame | None:
-        """Use a whole section; returns the frame when it was the last one."""
+    def _take(self, section: Buffer) -> None:
+        """Use a whole section: header, body with lengths, or one buffer."""
         frame = self._frame
         if frame is None:
             self._take_header(section)
         elif self._body_size is not None:
             self._take_body(frame, self._body_size, section)
         else:
-            self._buffers.append(_own(section))
-        return self._advance()
+            self._buffers.append(section if isinstance(section, memoryview) else bytearray(section))
+        self._advance()
 
-    def _take_header(self, section: memoryview) -> None:
-        magic, version, kind, method, _, body, buffers, call_id, epoch, reply_to, started, ended = _HEADER.unpack(
-            section
-        )
+    def _take_header(self, section: Buffer) -> None:
+        magic, version, kind, method, _, body, buffers, call_id, epoch, reply_to, started, ended = _HEADER.unpack(section)
         if magic != MAGIC:
             raise WireError(f"not a frame: it begins with 0x{magic:04x}, a frame with 0x{MAGIC:04x}")
         if version != VERSION:
             raise WireError(f"the frame is of wire version {version}; this side speaks version {VERSION}")
         if kind not in _KINDS:
-            raise WireError(
-                f"unknown frame kind {kind}; valid: {', '.join(f'{k} {v.name}' for k, v in _KINDS.items())}"
-            )
+            raise WireError(f"unknown frame kind {kind}; valid: {', '.join(f'{k} {v.name}' for k, v in _KINDS.items())}")
         if buffers > MAX_BUFFERS:
             raise WireError(f"the frame announces {buffers} buffers; at most {MAX_BUFFERS} are allowed")
         self._refuse_oversize(body + 8 * buffers)
@@ -206,35 +195,34 @@ class FrameParser:
         self._buffer_count = buffers
         self._frame = Frame(_KINDS[kind], call_id, epoch, method, reply_to, started, ended)
 
-    def _take_body(self, frame: Frame, body_size: int, section: memoryview) -> None:
-        frame.body = _own(section[:body_size])
-        self._lengths = struct.unpack(f"<{self._buffer_count}Q", section[body_size:])
-        self._refuse_oversize(body_size + sum(self._lengths))
+    def _take_body(self, frame: Frame, body_size: int, section: Buffer) -> None:
+        if self._buffer_count:
+            self._lengths = struct.unpack(f"<{self._buffer_count}Q", section[body_size:])
+            self._refuse_oversize(body_size + sum(self._lengths))
+            section = section[:body_size]
+        frame.body = section
         self._body_size = None
 
-    def _advance(self) -> Frame | None:
-        """Set up the next section that has bytes; returns the frame when there is none."""
+    def _advance(self) -> None:
+        """Set up the next section that has bytes, or give the frame out when there is none."""
         frame = self._frame
-        if frame is not None and self._body_size is not None:
+        if frame is None:
+            return
+        if self._body_size is not None:
             self._section = self._body_size + 8 * self._buffer_count
             if self._section:
-                return None
+                return
             self._body_size = None
-        while len(self._buffers) < len(self._lengths):
-            self._section = self._lengths[len(self._buffers)]
-            if self._section:
-                return None
-            self._buffers.append(b"")
-        if frame is not None:
-            frame.buffers = tuple(self._buffers)
-        self._frame, self._section, self._lengths, self._buffers = None, HEADER_SIZE, (), []
-        return frame
+        if self._lengths:
+            while len(self._buffers) < len(self._lengths):
+                self._section = self._lengths[len(self._buffers)]
+                if self._section:
+                    return
+                self._buffers.append(b"")
+            frame.buffers, self._buffers, self._lengths = tuple(self._buffers), [], ()
+        self._frame, self._section = None, HEADER_SIZE
+        self._on_frame(frame)
 
     def _refuse_oversize(self, size: int) -> None:
         if size > self._max_frame_bytes:
             raise WireError(f"the frame announces {size} bytes; max_frame_bytes is {self._max_frame_bytes}")
-
-
-def _own(section: memoryview) -> Buffer:
-    """Memory that outlives the scratch buffer: a large section has its own already, a small one is copied."""
-    return section if section.nbytes > _DIRECT_FROM else bytearray(section)

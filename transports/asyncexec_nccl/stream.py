@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from asyncexec.errors import WireError
-from asyncexec.wire import Buffer, Frame, FrameParser
+from asyncexec.wire import READ_SIZE, Buffer, Frame, FrameParser
 
 _PIECES_AT_ONCE = 64
 """Pieces given to one `sendmsg`; the kernel takes at most 1024 (IOV_MAX)."""
@@ -42,8 +42,7 @@ class DriverStream:
         connection.setblocking(False)
         self._loop = loop
         self._socket = connection
-        self._parser = FrameParser(max_frame_bytes)
-        self._on_frame = on_frame
+        self._parser = FrameParser(max_frame_bytes, on_frame)
         self._on_end = on_end
         self._unsent: collections.deque[memoryview] = collections.deque()
         self._ended = False
@@ -57,34 +56,37 @@ class DriverStream:
             self._unsent.extend(map(memoryview, pieces))
             return
         try:
-            sent = self._socket.sendmsg(pieces[:_PIECES_AT_ONCE])
-        except BlockingIOError:
-            sent = 0
+            rest = _write(self._socket, pieces)
         except ConnectionError:
             return  # the peer is gone: the read side learns of it, and says so
-        rest = _after(pieces, sent)
         if rest:
-            self._unsent.extend(rest)
-            self._loop.add_writer(self._socket, self._write)
+            self._unsent.extend(map(memoryview, rest))
+            self._loop.add_writer(self._socket, self._write_more)
 
     def read(self) -> None:
         """Take what has arrived; called by the loop, and once more when the peer's process has ended."""
+        parser, connection = self._parser, self._socket
         for _ in range(_READS_AT_ONCE):
             if self._ended:
                 return
-            space = self._parser.space()
             try:
-                count = self._socket.recv_into(space)
-                for frame in self._parser.received(count):
-                    self._on_frame(frame)
+                if parser.wanted is None:
+                    data = connection.recv(READ_SIZE)
+                    count = len(data)
+                    parser.feed(data)
+                    more = count == READ_SIZE or parser.wanted is not None
+                else:
+                    count = connection.recv_into(parser.wanted)
+                    parser.received(count)
+                    more = True
             except BlockingIOError:
                 return
             except (ConnectionError, WireError) as error:
                 self._end(error)
                 return
             if count == 0:
-                self._end(WireError("the connection ended within a frame") if self._parser.mid_frame else None)
-            if count < space.nbytes:
+                self._end(WireError("the connection ended within a frame") if parser.mid_frame else None)
+            if not more:
                 return
 
     def close(self) -> None:
@@ -96,17 +98,12 @@ class DriverStream:
             self._unsent.clear()
             self._socket.close()
 
-    def _write(self) -> None:
+    def _write_more(self) -> None:
         try:
-            sent = self._socket.sendmsg(list(itertools.islice(self._unsent, _PIECES_AT_ONCE)))
-        except BlockingIOError:
-            return
+            self._unsent = collections.deque(map(memoryview, _write(self._socket, self._unsent)))
         except ConnectionError:
             self._unsent.clear()
-            sent = 0
-        rest = _after(self._unsent, sent)
-        self._unsent = collections.deque(rest)
-        if not rest:
+        if not self._unsent:
             self._loop.remove_writer(self._socket)
 
     def _end(self, error: Exception | None) -> None:
@@ -124,20 +121,26 @@ class RankStream:
 
     def __init__(self, connection: socket.socket, max_frame_bytes: int) -> None:
         self._socket = connection
-        self._parser = FrameParser(max_frame_bytes)
         self._received: collections.deque[Frame] = collections.deque()
+        self._parser = FrameParser(max_frame_bytes, self._received.append)
         self._writing = threading.Lock()
 
     def receive(self) -> Frame | None:
         """Block until the next frame; None at the end of the stream.  Raises WireError where it is malformed."""
+        parser = self._parser
         while not self._received:
             try:
-                count = self._socket.recv_into(self._parser.space())
+                if parser.wanted is None:
+                    data = self._socket.recv(READ_SIZE)
+                    count = len(data)
+                    parser.feed(data)
+                else:
+                    count = self._socket.recv_into(parser.wanted)
+                    parser.received(count)
             except ConnectionError:
                 return None
             if count == 0:
                 return None
-            self._received.extend(self._parser.received(count))
         return self._received.popleft()
 
     def send(self, frame: Frame) -> None:
@@ -148,15 +151,12 @@ class RankStream:
         """Block until the pieces of a frame are written.  Raises ConnectionError when the peer is gone."""
         with self._writing:
             while pieces:
-                pieces = _after(pieces, self._socket.sendmsg(pieces[:_PIECES_AT_ONCE]))
+                pieces = _write(self._socket, pieces)
 
     def send_what_fits(self, pieces: Sequence[Buffer]) -> Sequence[Buffer]:
         """Write as much as the socket takes now; returns the rest.  Raises ConnectionError when the peer is gone."""
         with self._writing:
-            try:
-                return _after(pieces, self._socket.sendmsg(pieces[:_PIECES_AT_ONCE], (), socket.MSG_DONTWAIT))
-            except BlockingIOError:
-                return pieces
+            return _write(self._socket, pieces, socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         """Close the socket, which ends a `receive` of the peer."""
@@ -165,12 +165,23 @@ class RankStream:
         self._socket.close()
 
 
-def _after(pieces: Sequence[Buffer] | collections.deque[memoryview], sent: int) -> list[memoryview]:
-    """What is left of `pieces` behind the first `sent` bytes."""
-    rest: list[memoryview] = []
+def _write(
+    connection: socket.socket, pieces: Sequence[Buffer] | collections.deque[memoryview], flags: int = 0
+) -> Sequence[Buffer]:
+    """Write what the socket takes in one call; returns the rest."""
+    first = pieces[0]
+    try:
+        if len(pieces) == 1:
+            sent = connection.send(first, flags)
+        else:
+            sent = connection.sendmsg(list(itertools.islice(pieces, _PIECES_AT_ONCE)), (), flags)
+    except BlockingIOError:
+        sent = 0
+    if sent == len(first) and len(pieces) == 1:
+        return ()
+    rest: list[Buffer] = []
     for piece in pieces:
-        size = len(piece)
-        if sent < size:
+        if sent < len(piece):
             rest.append(memoryview(piece)[sent:])
-        sent = max(sent - size, 0)
+        sent = max(sent - len(piece), 0)
     return rest

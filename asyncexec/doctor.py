@@ -15,7 +15,8 @@ from asyncexec.registry import list_transports
 def report() -> Iterator[str]:
     """The report, line by line."""
     yield f"asyncexec    {asyncexec.__version__}"
-    yield f"Python       {platform.python_version()} on {platform.system()} {platform.release()}, {os.cpu_count()} cores"
+    system = f"{platform.system()} {platform.release()}"
+    yield f"Python       {platform.python_version()} on {system}, {os.cpu_count()} cores"
     loop = _package("uvloop", otherwise="asyncio; faster with: pip install uvloop")
     yield f"event loop   {loop}"
     yield from _torch()

@@ -48,7 +48,7 @@ def loads(message: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
 
 
 def around_bytes(value: Any) -> Any:
-    """`value`, or a stand-in that unpickles as it, whose memory travels beside the message if it is a long byte string."""
+    """`value`; for a long byte string a stand-in that unpickles as it, whose memory travels beside the message."""
     return _Bytes(value) if type(value) in (bytes, bytearray) and len(value) >= _IN_BAND_BELOW else value
 
 
@@ -88,7 +88,7 @@ def _struct_parts(kind: type[msgspec.Struct]) -> tuple[Any, ...]:
     """What `_struct` needs to make the class again.  Structs that refer to themselves cannot be sent this way."""
     hints = typing.get_type_hints(kind, include_extras=True)
     members = {name: value for name, value in kind.__dict__.items() if _is_written_by_hand(name, value)}
-    own = [field for field in msgspec.structs.fields(kind) if field.name in kind.__dict__.get("__annotations__", {})]
+    own = [field for field in msgspec.structs.fields(kind) if field.name in inspect.get_annotations(kind)]
     parameters = inspect.signature(kind).parameters
     options = {name: getattr(kind.__struct_config__, name) for name in _STRUCT_OPTIONS}
     options["rename"] = {field.name: field.encode_name for field in own}

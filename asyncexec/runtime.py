@@ -115,7 +115,8 @@ class RankRuntime:
             self._step_method = self._codec.method_number("execute_model")
             if self._codec.fingerprint != spec.fingerprint:
                 raise ConfigError(
-                    f"driver and rank disagree on how calls of {worker_class.__qualname__} travel: do both run the same code?"
+                    f"driver and rank disagree on how calls of {worker_class.__qualname__} travel; "
+                    "do both run the same code?"
                 )
             self._context = self._link.join()
             self._worker = worker_class(self._context, **spec.kwargs)

@@ -1,5 +1,6 @@
 """One submitted call: its frame and future, when what happened to it, and how its outputs become the answer."""
 
+import functools
 import time
 from typing import Any
 
@@ -69,24 +70,36 @@ class Submission(msgspec.Struct, eq=False):
         if error is not None:
             self.future.set_exception(error)
         else:
-            done = time.monotonic_ns()
-            last: Reply = reply
-            self.future.set_result(result, lambda: self._timing(last, decoded, done))
+            # numbers alone: a reference to this submission would tie it and its future into a cycle
+            last: Reply = next(reversed(call.outputs.values()))
+            marks = (self.submitted, self.encoded, self.send_began, self.send_ended)
+            remote = (last.rank_free, last.frame.started_ns, last.frame.ended_ns, last.received)
+            self.future.set_result(result, functools.partial(_timing, *marks, *remote, decoded, time.monotonic_ns()))
 
-    def _timing(self, last: Reply, decoded: int, done: int) -> StepTiming:
-        """Cut the time from submission to `done` at the marks that driver and rank left."""
-        started, ended = last.frame.started_ns, last.frame.ended_ns
-        sent = min(self.send_ended, started)
-        queued_on_rank = min(max(last.rank_free - sent, 0), started - sent)
-        encoding, waiting = self.encoded - self.submitted, self.send_began - self.encoded
-        return StepTiming(
-            queued=(waiting + queued_on_rank) / 1e9,
-            driver=(encoding + sent - self.send_began + decoded - last.received) / 1e9,
-            wire=(started - sent - queued_on_rank + last.received - ended) / 1e9,
-            worker=(ended - started) / 1e9,
-            aggregate=(done - decoded) / 1e9,
-            total=(done - self.submitted) / 1e9,
-        )
+
+def _timing(
+    submitted: int,
+    encoded: int,
+    send_began: int,
+    send_ended: int,
+    rank_free: int,
+    started: int,
+    ended: int,
+    received: int,
+    decoded: int,
+    done: int,
+) -> StepTiming:
+    """Cut the time from submission to `done` at the marks that driver and rank left, all in nanoseconds."""
+    sent = min(send_ended, started)
+    queued_on_rank = min(max(rank_free - sent, 0), started - sent)
+    return StepTiming(
+        queued=(send_began - encoded + queued_on_rank) / 1e9,
+        driver=(encoded - submitted + sent - send_began + decoded - received) / 1e9,
+        wire=(started - sent - queued_on_rank + received - ended) / 1e9,
+        worker=(ended - started) / 1e9,
+        aggregate=(done - decoded) / 1e9,
+        total=(done - submitted) / 1e9,
+    )
 
 
 def _error(kind: type[PayloadError | AggregationError], what: str, call: Call, cause: Exception) -> CallError:

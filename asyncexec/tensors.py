@@ -45,10 +45,12 @@ def decode_tensors(body: Buffer, buffers: Sequence[Buffer], device: str) -> dict
 
 
 def is_tensor_type(kind: type) -> bool:
+    """Whether a class is torch's tensor."""
     return kind.__name__ in ("Tensor", "Parameter") and kind.__module__.partition(".")[0] == "torch"
 
 
 def is_array_type(kind: type) -> bool:
+    """Whether a class is NumPy's array."""
     return kind.__name__ == "ndarray" and kind.__module__ == "numpy"
 
 

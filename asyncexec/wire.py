@@ -181,13 +181,17 @@ class FrameParser:
         self._advance()
 
     def _take_header(self, section: Buffer) -> None:
-        magic, version, kind, method, _, body, buffers, call_id, epoch, reply_to, started, ended = _HEADER.unpack(section)
+        magic, version, kind, method, _, body, buffers, call_id, epoch, reply_to, started, ended = _HEADER.unpack(
+            section
+        )
         if magic != MAGIC:
             raise WireError(f"not a frame: it begins with 0x{magic:04x}, a frame with 0x{MAGIC:04x}")
         if version != VERSION:
             raise WireError(f"the frame is of wire version {version}; this side speaks version {VERSION}")
         if kind not in _KINDS:
-            raise WireError(f"unknown frame kind {kind}; valid: {', '.join(f'{k} {v.name}' for k, v in _KINDS.items())}")
+            raise WireError(
+                f"unknown frame kind {kind}; valid: {', '.join(f'{k} {v.name}' for k, v in _KINDS.items())}"
+            )
         if buffers > MAX_BUFFERS:
             raise WireError(f"the frame announces {buffers} buffers; at most {MAX_BUFFERS} are allowed")
         self._refuse_oversize(body + 8 * buffers)

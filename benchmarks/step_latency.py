@@ -201,10 +201,10 @@ def main() -> int:
     )
     for name, figure in figures.items():
         print(f"  {name:22} p50 {figure['p50_us']:8.1f} us   p99 {figure['p99_us']:8.1f} us")
+    p50 = {name: figure["p50_us"] for name, figure in figures.items()}
     ratios = {
-        name: figures[f"executor, {name} rank{'s' * (name == 'all')}"]["p50_us"]
-        / figures[f"floor, {other} decoded"]["p50_us"]
-        for name, other in (("first", "one"), ("all", "all"))
+        "first": p50["executor, first rank"] / p50["floor, one decoded"],
+        "all": p50["executor, all ranks"] / p50["floor, all decoded"],
     }
     for name, ratio in ratios.items():
         print(f"  executor / floor, aggregator {name!r}: {ratio:.2f}")

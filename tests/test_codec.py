@@ -6,8 +6,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-
 import workers
+
 from asyncexec import ConfigError, DeferredOutput, IntermediateTensors, RankContext
 from asyncexec.codec import Codec, Payload
 from asyncexec.pickling import dumps, loads
@@ -102,7 +102,7 @@ def test_both_ends_agree_or_know_it() -> None:
         pass
 
     class Other(Everything):
-        def deferred(self, numbers: tuple[str, ...] = ()) -> DeferredOutput[Batch]:
+        def variadic(self, *values: int, **named: int) -> int:  # type: ignore[override]
             raise NotImplementedError
 
     assert Codec(Same).fingerprint == Codec(Everything).fingerprint
@@ -188,7 +188,9 @@ class Outer(msgspec.Struct, tag=True):
     assert kind is not namespace["Outer"]
     assert isinstance(copy, kind)
     assert copy.inner.doubled() == 8
-    assert msgspec.json.encode(copy) == msgspec.json.encode(outer) == b'{"type":"Outer","inner":{"someValue":4,"more":[]}}'
+    assert (
+        msgspec.json.encode(copy) == msgspec.json.encode(outer) == b'{"type":"Outer","inner":{"someValue":4,"more":[]}}'
+    )
     assert msgspec.json.decode(msgspec.json.encode(outer), type=kind) == copy
 
 

@@ -10,8 +10,8 @@ import anyio
 import numpy as np
 import pytest
 import uvloop
-
 import workers
+
 from asyncexec import (
     AggregationError,
     ConfigError,
@@ -80,7 +80,7 @@ async def test_some_ranks(world_size: int, layout: Layout) -> None:
         backwards = list(reversed(range(world_size)))
         assert await executor.collective_rpc("rank", ranks=backwards) == backwards
         for ranks in ([], [world_size], [-1], [0, 0]):
-            with pytest.raises(ConfigError, match="ranks is .*; valid: some of"):
+            with pytest.raises(ConfigError, match=r"ranks is .*; valid: some of"):
                 await executor.collective_rpc("rank", ranks=ranks)
 
 
@@ -88,7 +88,7 @@ async def test_steps_run_in_order_and_wait_for_a_slot(layout: Layout) -> None:
     async with echo(layout, max_concurrent_batches=2, max_queued_steps=3) as executor:
         assert executor.max_concurrent_batches == 2
         futures = [executor.execute_model(n) for n in range(5)]
-        with pytest.raises(ExecutorBusy, match="await executor.slot"):
+        with pytest.raises(ExecutorBusy, match=r"await executor.slot"):
             executor.execute_model(5)
         assert [await future for future in futures] == list(range(5))
         for n in range(20):
@@ -186,12 +186,12 @@ async def test_a_worker_that_raises(layout: Layout, world_size: int) -> None:
         error = caught.value
         assert (error.remote_type, error.remote_message, error.method) == ("ValueError", "oh no", "fail")
         assert error.rank in range(world_size)
-        assert 'raise ValueError(message)' in error.remote_traceback
+        assert "raise ValueError(message)" in error.remote_traceback
         last = world_size - 1
         with pytest.raises(WorkerError, match=f"rank {last} does not like this") as caught:
             await executor.collective_rpc("fail_on", (last,))
         assert caught.value.rank == last
-        with pytest.raises(WorkerError, match="no surrogates: .ud800"):
+        with pytest.raises(WorkerError, match=r"no surrogates: .ud800"):
             await executor.collective_rpc("fail_strangely")
         assert await executor.execute_model("usable") == "usable"
         assert executor.failure is None
@@ -199,7 +199,7 @@ async def test_a_worker_that_raises(layout: Layout, world_size: int) -> None:
 
 async def test_what_cannot_be_sent_fails_alone(layout: Layout) -> None:
     async with echo(layout, max_frame_bytes=100_000) as executor:
-        with pytest.raises(PayloadError, match="cannot be sent: .*lock"):
+        with pytest.raises(PayloadError, match=r"cannot be sent: .*lock"):
             executor.execute_model(threading.Lock())
         with pytest.raises(PayloadError, match=r"the arguments are 200\d+ bytes; max_frame_bytes is 100000"):
             executor.execute_model(np.zeros(200_000, np.uint8))
@@ -288,13 +288,19 @@ async def test_lifecycle(layout: Layout) -> None:
 
 
 async def test_leaving_by_an_exception_does_not_wait(layout: Layout) -> None:
-    with anyio.fail_after(20), pytest.raises(ZeroDivisionError):
-        async with echo(layout, timeouts={"stop": 0.5, "terminate": 0.5}) as executor:
-            nap = asyncio.ensure_future(executor.collective_rpc("nap", (0.5,)))
+    executor = echo(layout, timeouts={"stop": 0.5, "terminate": 0.5})
+
+    async def leave() -> None:
+        async with executor:
+            naps.append(asyncio.ensure_future(executor.collective_rpc("nap", (0.5,))))
             await asyncio.sleep(0)
             raise ZeroDivisionError
+
+    naps: list[asyncio.Future[Any]] = []
+    with anyio.fail_after(20), pytest.raises(ZeroDivisionError):
+        await leave()
     with pytest.raises(ExecutorClosed, match="aborted"):
-        await nap
+        await naps[0]
 
 
 async def test_a_failing_call_that_nobody_awaits_makes_no_noise(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import workers
+
 from asyncexec import ConfigError, ExecutorConfig, WorkerDied, WorkerStartError, create_executor
 from asyncexec.wire import Frame, FrameKind
 from asyncexec_nccl.stream import DriverStream, RankStream
@@ -57,9 +57,7 @@ async def test_the_environment_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> 
 
 async def test_a_rank_that_exits_while_it_starts() -> None:
     with pytest.raises(WorkerDied, match="rank 1 died: exited with status 17"):
-        async with create_executor(
-            NONE | {"tensor_parallel_size": 2}, workers.ExitsAtStart, worker_kwargs={"rank": 1}
-        ):
+        async with create_executor(NONE | {"tensor_parallel_size": 2}, workers.ExitsAtStart, worker_kwargs={"rank": 1}):
             pytest.fail("it started")
 
 
@@ -121,7 +119,9 @@ asyncexec.run(main())
 async def test_ranks_end_with_a_killed_driver(tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    driver = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(  # noqa: ASYNC220 - over in a millisecond, and nothing else runs
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True
+    )
     if driver.stdout is None:
         raise RuntimeError("no pipe")
     with driver.stdout as output:
@@ -178,7 +178,9 @@ async def test_a_stream_keeps_order_when_the_peer_is_slow() -> None:
     loop = asyncio.get_running_loop()
     stream = DriverStream(loop, ours, 10_000_000, lambda frame: None, lambda error: None)
     peer = RankStream(theirs, 10_000_000)
-    sent = [Frame(FrameKind.CALL, n, body=bytes([n]) * (n * 5000), buffers=[bytes([n]) * 70_000] * n) for n in range(40)]
+    sent = [
+        Frame(FrameKind.CALL, n, body=bytes([n]) * (n * 5000), buffers=[bytes([n]) * 70_000] * n) for n in range(40)
+    ]
     for frame in sent:
         stream.send(frame.pack())
     for expected in sent:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 import workers
+
 from asyncexec import WorkerError, create_executor
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
@@ -74,5 +74,7 @@ async def test_what_is_no_tensor_cannot_be_handed_on() -> None:
     async with create_executor(stages(2), workers.HandsOn, worker_kwargs={"value": "text"}) as executor:
         with pytest.raises(WorkerError, match="intermediate tensor 'x' is a str; valid: a tensor or an array"):
             await executor.execute_model(1)
-    async with create_executor(stages(2), workers.HandsOn, worker_kwargs={"value": np.float32([1.5])}) as executor:
+    async with create_executor(
+        stages(2), workers.HandsOn, worker_kwargs={"value": np.array([1.5], np.float32)}
+    ) as executor:
         assert await executor.execute_model(1) == 1.5

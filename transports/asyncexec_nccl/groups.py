@@ -35,15 +35,16 @@ def join_groups(
     dist: Any = importlib.import_module("torch.distributed")
     store = dist.FileStore(f"/proc/self/fd/{store_descriptor}", world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    tensor_parallel = None
-    if tensor_parallel_size > 1:
-        for stage in range(pipeline_parallel_size):
-            first = stage * tensor_parallel_size
-            ranks = range(first, first + tensor_parallel_size)
-            group = dist.new_group(list(ranks))  # made by all ranks together, members or not
-            if rank in ranks:
-                tensor_parallel = group
-    return ProcessGroups(world=dist.group.WORLD, tensor_parallel=tensor_parallel)
+    world = dist.group.WORLD
+    if pipeline_parallel_size == 1:
+        # one group serves as both: each group of Gloo's has a thread that wakes a hundred times a second
+        return ProcessGroups(world=world, tensor_parallel=world)
+    if tensor_parallel_size == 1:
+        return ProcessGroups(world=world)
+    stages = [range(first, first + tensor_parallel_size) for first in range(0, world_size, tensor_parallel_size)]
+    # every group is made by all ranks together, members or not
+    made = [(ranks, dist.new_group(list(ranks))) for ranks in stages]
+    return ProcessGroups(world=world, tensor_parallel=next(group for ranks, group in made if rank in ranks))
 
 
 def leave_groups(groups: ProcessGroups) -> None:

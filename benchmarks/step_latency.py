@@ -196,9 +196,8 @@ def main() -> int:
         name: {"p50_us": statistics.median(t) * 1e6, "p99_us": statistics.quantiles(t, n=100)[98] * 1e6}
         for name, t in times.items()
     }
-    print(
-        f"{arguments.requests} requests, {size} bytes each way, {RANKS} ranks, {os.cpu_count()} cores, Python {sys.version.split()[0]}"
-    )
+    machine = f"{os.cpu_count()} cores, Python {sys.version.split()[0]}"
+    print(f"{arguments.requests} requests, {size} bytes each way, {RANKS} ranks, {machine}")
     for name, figure in figures.items():
         print(f"  {name:22} p50 {figure['p50_us']:8.1f} us   p99 {figure['p99_us']:8.1f} us")
     p50 = {name: figure["p50_us"] for name, figure in figures.items()}

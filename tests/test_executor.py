@@ -229,10 +229,12 @@ async def test_timings_add_up(layout: Layout) -> None:
         nap = asyncio.ensure_future(executor.collective_rpc("nap", (0.05,)))
         await asyncio.sleep(0)
         future = executor.execute_model(1)
-        assert future.timing is None
+        timings = [future.timing]
         await future
         await nap
-        timing = future.timing
+        timings.append(future.timing)
+        before, timing = timings
+        assert before is None
         assert timing is not None
         parts = (timing.queued, timing.driver, timing.wire, timing.worker, timing.aggregate)
         assert all(part >= 0 for part in parts)

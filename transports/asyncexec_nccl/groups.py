@@ -1,10 +1,17 @@
 """The process groups of one executor's ranks."""
 
+import contextlib
+import ctypes
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 from asyncexec.errors import ConfigError
 from asyncexec.worker import ProcessGroups
+
+_PR_SET_TIMERSLACK = 29
+_PR_GET_TIMERSLACK = 30
+_SLACK_NS = 200_000_000
 
 
 def choose_backend(backend: str, world_size: int) -> str:
@@ -32,12 +39,20 @@ def join_groups(
     world_size = tensor_parallel_size * pipeline_parallel_size
     if world_size == 1 or backend == "none":
         return ProcessGroups()
+    with _patient_threads():
+        return _make_groups(backend, rank, tensor_parallel_size, pipeline_parallel_size, store_descriptor)
+
+
+def _make_groups(
+    backend: str, rank: int, tensor_parallel_size: int, pipeline_parallel_size: int, store_descriptor: int
+) -> ProcessGroups:
+    world_size = tensor_parallel_size * pipeline_parallel_size
     dist: Any = importlib.import_module("torch.distributed")
     store = dist.FileStore(f"/proc/self/fd/{store_descriptor}", world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     world = dist.group.WORLD
     if pipeline_parallel_size == 1:
-        # one group serves as both: each group of Gloo's has a thread that wakes a hundred times a second
+        # one group serves as both: each has threads and connections of its own
         return ProcessGroups(world=world, tensor_parallel=world)
     if tensor_parallel_size == 1:
         return ProcessGroups(world=world)
@@ -51,3 +66,20 @@ def leave_groups(groups: ProcessGroups) -> None:
     """Leave what `join_groups` made."""
     if groups.world is not None:
         importlib.import_module("torch.distributed").destroy_process_group()
+
+
+@contextlib.contextmanager
+def _patient_threads() -> Iterator[None]:
+    """Let the threads that are started within sleep through timeouts that lie close together.
+
+    The event loop of Gloo's TCP transport waits with a limit of 10 ms, for ever: a hundred wake-ups a second in each
+    group of each rank, though nothing happens.  Threads inherit their timer slack (prctl(2), PR_SET_TIMERSLACK), which
+    puts off the end of such a limit, and not the events that it waits for.
+    """
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    before = prctl(_PR_GET_TIMERSLACK)
+    prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(_SLACK_NS))
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(before))

@@ -53,14 +53,14 @@ class DriverStream:
         if self._ended:
             return
         if self._unsent:
-            self._unsent.extend(map(memoryview, pieces))
+            self._unsent.extend(memoryview(piece) for piece in pieces)
             return
         try:
             rest = _write(self._socket, pieces)
         except ConnectionError:
             return  # the peer is gone: the read side learns of it, and says so
         if rest:
-            self._unsent.extend(map(memoryview, rest))
+            self._unsent.extend(memoryview(piece) for piece in rest)
             self._loop.add_writer(self._socket, self._write_more)
 
     def read(self) -> None:
@@ -100,7 +100,7 @@ class DriverStream:
 
     def _write_more(self) -> None:
         try:
-            self._unsent = collections.deque(map(memoryview, _write(self._socket, self._unsent)))
+            self._unsent = collections.deque(memoryview(piece) for piece in _write(self._socket, self._unsent))
         except ConnectionError:
             self._unsent.clear()
         if not self._unsent:

@@ -2,8 +2,10 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import asyncexec
 from asyncexec.errors import AsyncExecError, ConfigError, TransportUnavailable
@@ -11,10 +13,20 @@ from asyncexec.errors import AsyncExecError, ConfigError, TransportUnavailable
 USAGE_ERROR = 2
 """Exit status of bad arguments and configurations, as argparse has it."""
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; `--help` has the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="asyncexec", description="An asyncio-native executor for inference engines.")
+    parser = _Parser(prog="asyncexec", description="An asyncio-native executor for inference engines.")
     parser.add_argument("--version", action="version", version=f"asyncexec {asyncexec.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="generate text with a transformer split over worker processes")
@@ -29,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"asyncexec demo needs {', '.join(missing)}: pip install 'asyncexec[demo]'", file=sys.stderr)
         return USAGE_ERROR
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        (demo if parsed.command == "demo" else parser).error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return _run(parsed)
     except (ConfigError, TransportUnavailable) as error:
@@ -37,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     except AsyncExecError as error:
         print(f"asyncexec {parsed.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader of our output has left, as `head` does; what is still buffered has nowhere to go either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 

@@ -77,7 +77,7 @@ class Driver(Executor):
         worker_kwargs: Mapping[str, Any],
         aggregator: Aggregator | None,
     ) -> None:
-        self.config = config
+        self._config = config
         self._codec = Codec(load_worker_class(worker))
         self._spec = WorkerSpec(worker, dict(worker_kwargs), self._codec.fingerprint)
         self._aggregator = aggregator or make_aggregator(config.aggregator)
@@ -105,7 +105,7 @@ class Driver(Executor):
         self._state = _State.STARTING
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        limit = self.config.timeouts.start
+        limit = self._config.timeouts.start
         try:
             with anyio.move_on_after(limit) as scope:
                 await self._transport.open()
@@ -125,7 +125,7 @@ class Driver(Executor):
             async with self._closing:
                 if self._state is _State.RUNNING:
                     self._state = _State.CLOSING
-                    with anyio.move_on_after(self.config.timeouts.drain):
+                    with anyio.move_on_after(self._config.timeouts.drain):
                         await self._until(lambda: not self._window.in_flight + self._window.queued)
                 if self._state not in (_State.NEW, _State.CLOSED):
                     await self._transport.close()
@@ -155,8 +155,12 @@ class Driver(Executor):
     # ---------------------------------------------------------------------------------------------------- calls
 
     @property
+    def config(self) -> ExecutorConfig:
+        return self._config
+
+    @property
     def max_concurrent_batches(self) -> int:
-        return self.config.max_concurrent_batches
+        return self._config.max_concurrent_batches
 
     def execute_model(self, scheduler_output: Any, *, timeout: float | None = None) -> StepFuture[Any]:
         return self._step("execute_model", (scheduler_output,), timeout, slot=True)
@@ -181,7 +185,7 @@ class Driver(Executor):
         if not targets or not set(targets) <= set(self._ranks) or len(set(targets)) < len(targets):
             raise ConfigError(f"ranks is {list(targets)}; valid: some of {list(self._ranks)}, each once")
         name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
-        limit = self.config.timeouts.for_method(name, step=False) if timeout is None else timeout
+        limit = self._config.timeouts.for_method(name, step=False) if timeout is None else timeout
         submitted = time.monotonic_ns()
         frame = self._encode(name, method, args, kwargs or {})
         results = await self._submit(frame, name, targets, aggregate or _ALL, limit, submitted=submitted)
@@ -193,7 +197,7 @@ class Driver(Executor):
     def _step(self, method: str, args: Sequence[Any], timeout: float | None, *, slot: bool) -> StepFuture[Any]:
         submitted = time.monotonic_ns()
         frame = self._encode(method, method, args, {})
-        limit = self.config.timeouts.for_method(method, step=True) if timeout is None else timeout
+        limit = self._config.timeouts.for_method(method, step=True) if timeout is None else timeout
         return self._submit(
             frame, method, self._ranks, self._aggregator, limit, slot=slot, ordered=True, submitted=submitted
         )
@@ -223,11 +227,12 @@ class Driver(Executor):
         submitted: int = 0,
     ) -> StepFuture[Any]:
         """Give a call to the window.  Raises PayloadError where it is too large, ExecutorBusy where it must wait."""
-        if frame.size > self.config.max_frame_bytes:
+        if frame.size > self._config.max_frame_bytes:
             raise PayloadError(
-                f"the arguments are {frame.size} bytes; max_frame_bytes is {self.config.max_frame_bytes}", method=method
+                f"the arguments are {frame.size} bytes; max_frame_bytes is {self._config.max_frame_bytes}",
+                method=method,
             )
-        output_rank = self.config.output_rank if self.config.output_rank in ranks else ranks[0]
+        output_rank = self._config.output_rank if self._config.output_rank in ranks else ranks[0]
         wanted = ranks if aggregator.needs_all_ranks else (output_rank,)
         frame.reply_to = ALL_RANKS if aggregator.needs_all_ranks else output_rank
         encoded = time.monotonic_ns()

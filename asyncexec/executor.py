@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from asyncexec.aggregate import Aggregator
+from asyncexec.config import ExecutorConfig
 from asyncexec.errors import AsyncExecError
 from asyncexec.future import StepFuture
 
@@ -60,6 +61,11 @@ class Executor(abc.ABC):
         await self.aclose()
 
     # ---------------------------------------------------------------------------------------------------- steps
+
+    @property
+    @abc.abstractmethod
+    def config(self) -> ExecutorConfig:
+        """The configuration, with what was derived filled in."""
 
     @property
     @abc.abstractmethod

@@ -6,6 +6,7 @@ Processor time, user and system, of the driver and all ranks together while noth
 import argparse
 import asyncio
 import os
+from pathlib import Path
 from typing import Any
 
 from asyncexec import create_executor, run
@@ -26,10 +27,8 @@ class IdleWorker:
 
 def processor_seconds(pid: int) -> float:
     """User and system time that a process has used so far."""
-    with open(f"/proc/{pid}/schedstat") as file:  # of the main thread, in nanoseconds
-        main_thread = int(file.read().split()[0])
-    threads = (f"/proc/{pid}/task/{task}/schedstat" for task in os.listdir(f"/proc/{pid}/task") if int(task) != pid)
-    return (main_thread + sum(int(open(path).read().split()[0]) for path in threads)) / 1e9
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 async def measure(ranks: int, seconds: float) -> float:

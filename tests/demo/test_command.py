@@ -3,12 +3,10 @@
 import argparse
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from asyncexec import ConfigError, StepTiming
@@ -21,14 +19,6 @@ from asyncexec.demo.scheduler import FinishReason
 from asyncexec.demo.summary import Latency, Summary, latencies
 
 pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

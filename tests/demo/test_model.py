@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,6 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 
 Step = Callable[[StepInput], list[int]]
 """Runs one step on all ranks and gives the last stage's token ids."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def prompts(count: int, vocab_size: int = 101, *, seed: int = 0) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """The rank-side runtime: takes calls in order, runs the worker, replies.  The same code on every transport."""
 
+import dataclasses
 import importlib
 import queue
 import threading
@@ -12,6 +13,7 @@ import msgspec
 
 from asyncexec.codec import Codec, Payload
 from asyncexec.errors import ConfigError
+from asyncexec.inspection import Activity
 from asyncexec.outputs import DeferredOutput, IntermediateTensors
 from asyncexec.pickling import loads
 from asyncexec.transport import RankLink
@@ -89,9 +91,12 @@ class RankRuntime:
         self._codec = Codec(object)
         self._step_method = -1
         self._replies = _ReplyQueue()
+        self._activity = Activity()
 
     def serve(self) -> None:
         """Take frames until STOP or the end of the stream, then let the worker and the link end."""
+        self._activity = Activity()
+        self._link.answer_inspections(lambda: msgspec.msgpack.encode(self._activity.report(self._context.rank)))
         try:
             while (frame := self._link.receive()) is not None and frame.kind is not FrameKind.STOP:
                 if frame.kind is FrameKind.START:
@@ -108,6 +113,7 @@ class RankRuntime:
 
     def _start(self, frame: Frame) -> None:
         started = time.monotonic_ns()
+        self._activity.begin("start", frame.call_id)
         try:
             spec: WorkerSpec = loads(frame.body, frame.buffers)
             worker_class = load_worker_class(spec.worker)
@@ -118,17 +124,20 @@ class RankRuntime:
                     f"driver and rank disagree on how calls of {worker_class.__qualname__} travel; "
                     "do both run the same code?"
                 )
-            self._context = self._link.join()
+            self._context = dataclasses.replace(self._link.join(), mark_progress=self._activity.mark)
             self._worker = worker_class(self._context, **spec.kwargs)
         except Exception as error:  # noqa: BLE001 - every failure to start is the driver's to hear of
             self._send(_error(frame, error, started))
         else:
             self._link.send(self._result(frame, None, started))
+        finally:
+            self._activity.end()
 
     def _call(self, frame: Frame) -> None:
         started = time.monotonic_ns()
         is_step = frame.method == self._step_method
-        stage = _Stage(self._link, self._context, frame.call_id) if is_step else None
+        stage = _Stage(self._link, self._context, self._activity, frame.call_id) if is_step else None
+        self._activity.begin(self._codec.method_name(frame.method) or "a callable", frame.call_id)
         try:
             call = self._codec.decode_call(Payload(frame.method, frame.body, frame.buffers))
             if stage is not None:
@@ -148,6 +157,7 @@ class RankRuntime:
             elif self._wanted(frame):
                 self._send(self._result(frame, output, started))
         finally:
+            self._activity.end()
             if stage is not None:
                 stage.release_next()
 
@@ -196,8 +206,9 @@ class _EarlierStageFailed(Exception):
 class _Stage:
     """One step on one pipeline stage: tensors in, the worker, tensors out."""
 
-    def __init__(self, link: RankLink, context: RankContext, call_id: int) -> None:
+    def __init__(self, link: RankLink, context: RankContext, activity: Activity, call_id: int) -> None:
         self._link = link
+        self._activity = activity
         self._context = context
         self._call_id = call_id
         self._next_waits = not context.is_last_stage
@@ -205,7 +216,9 @@ class _Stage:
     def run(self, execute_model: Callable[[Any, Any], Any], scheduler_output: Any) -> Any:
         intermediate = None
         if not self._context.is_first_stage:
+            self._activity.transfer("receive_intermediate, from the previous pipeline stage")
             tensors = self._link.receive_intermediate(self._call_id)
+            self._activity.transfer(None)
             if tensors is None:
                 raise _EarlierStageFailed
             intermediate = IntermediateTensors[Any](tensors)
@@ -217,7 +230,9 @@ class _Stage:
                 f"execute_model of pipeline stage {self._context.pipeline_parallel_rank} returned "
                 f"{type(output).__qualname__}; every stage but the last returns IntermediateTensors"
             )
+        self._activity.transfer("send_intermediate, to the next pipeline stage")
         self._link.send_intermediate(self._call_id, output.tensors)
+        self._activity.transfer(None)
         self._next_waits = False
         return output.output
 

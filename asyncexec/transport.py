@@ -5,14 +5,14 @@ in each rank (`RankLink`); the rank's half is driven by `asyncexec.runtime.RankR
 """
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from asyncexec.config import ExecutorConfig
-from asyncexec.wire import Frame
+from asyncexec.wire import Buffer, Frame
 from asyncexec.worker import RankContext
 
 
@@ -29,12 +29,26 @@ class RankLoss:
         pid: its process, where it had one of its own.
         exit_code: None where a signal ended it, or nothing is known.
         signal: the signal's name, such as "SIGKILL".
+        stderr: the end of what it wrote to standard error.
     """
 
     reason: str
     pid: int | None = None
     exit_code: int | None = None
     signal: str | None = None
+    stderr: str = ""
+
+
+class KernelState(NamedTuple):
+    """What the kernel says of a rank's process.
+
+    Attributes:
+        state: "running" (or ready to, or asleep), "stopped" or "dead".
+        words: the kernel's own, such as "State: T (stopped)".
+    """
+
+    state: Literal["running", "stopped", "dead"]
+    words: str
 
 
 class TransportEvents(Protocol):
@@ -87,6 +101,17 @@ class Transport(abc.ABC):
         """
 
     @abc.abstractmethod
+    async def inspect(self, rank: int) -> Buffer:
+        """Ask a rank's side thread what the rank is doing; waits for the answer, for as long as that takes.
+
+        Raises ConnectionError where the rank is gone.
+        """
+
+    @abc.abstractmethod
+    def kernel_state(self, rank: int) -> KernelState:
+        """What the kernel says of a rank's process, without asking the rank."""
+
+    @abc.abstractmethod
     async def close(self) -> None:
         """End all ranks: ask, then terminate, then kill, each within its limit of `config.timeouts`.
 
@@ -112,6 +137,10 @@ class RankLink(abc.ABC):
     @abc.abstractmethod
     def join(self) -> RankContext:
         """Make the process groups with the other ranks, and tell this rank's place.  Blocks; called once."""
+
+    @abc.abstractmethod
+    def answer_inspections(self, describe: Callable[[], bytes]) -> None:
+        """From now on have `describe` called whenever the driver inspects this rank, beside the main thread."""
 
     @abc.abstractmethod
     def send_intermediate(self, call_id: int, tensors: Mapping[str, Any] | None) -> None:

@@ -48,6 +48,10 @@ class FrameKind(enum.IntEnum):
     """Rank to driver: the method raised."""
     SKIPPED = 6
     """Rank to driver: not run, because an earlier pipeline stage of the same call failed and reports why."""
+    INSPECT = 7
+    """Driver to a rank's side thread: what is the rank doing?"""
+    REPORT = 8
+    """A rank's side thread to the driver: this."""
 
 
 _KINDS = {int(kind): kind for kind in FrameKind}

@@ -1,5 +1,6 @@
 """The Worker protocol, and the context that tells a worker its place among the ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +30,8 @@ class RankContext:
         world_size: tensor_parallel_size * pipeline_parallel_size.
         device: a torch device string, "cpu" or "cuda:<index>".
         groups: the process groups that the transport made.
+        mark_progress: call it now and then within a long call, such as after each layer's weights were loaded: the
+            health check counts a rank healthy while it makes progress.
     """
 
     rank: int = 0
@@ -40,6 +43,7 @@ class RankContext:
     pipeline_parallel_size: int = 1
     device: str = "cpu"
     groups: ProcessGroups = field(default_factory=ProcessGroups)
+    mark_progress: Callable[[], None] = lambda: None
 
     @property
     def is_first_stage(self) -> bool:

@@ -5,7 +5,7 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -14,8 +14,8 @@ import msgspec
 from asyncexec.config import ExecutorConfig
 from asyncexec.errors import ConfigError
 from asyncexec.runtime import RankRuntime
-from asyncexec.transport import RankLink, RankLoss, Transport, TransportEvents
-from asyncexec.wire import Frame
+from asyncexec.transport import KernelState, RankLink, RankLoss, Transport, TransportEvents
+from asyncexec.wire import Buffer, Frame
 from asyncexec.worker import RankContext
 
 
@@ -56,6 +56,14 @@ class LocalTransport(Transport):
     def send(self, frame: Frame, ranks: Sequence[int]) -> None:
         """Queue a frame for the rank."""
         self._link.inbox.put(_with_own_memory(frame))
+
+    async def inspect(self, rank: int) -> Buffer:
+        """Have a helper thread look at the rank's thread."""
+        return await anyio.to_thread.run_sync(self._link.describe, abandon_on_cancel=True)
+
+    def kernel_state(self, rank: int) -> KernelState:
+        """The rank's thread lives or not; it stops only with this process."""
+        return KernelState("dead" if self._ended.is_set() else "running", "a thread of this process")
 
     async def close(self) -> None:
         """Ask the rank to end and wait for it; a thread cannot be killed, so a stuck one is left behind, and said."""
@@ -111,6 +119,7 @@ class _LocalLink(RankLink):
     def __init__(self, transport: LocalTransport) -> None:
         self.inbox: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self.aborted = False
+        self.describe: Callable[[], bytes] = bytes
         self._transport = transport
 
     def receive(self) -> Frame | None:
@@ -126,6 +135,9 @@ class _LocalLink(RankLink):
             torch = sys.modules.get("torch")
             device = "cuda:0" if torch is not None and torch.cuda.is_available() else "cpu"
         return RankContext(device=device)
+
+    def answer_inspections(self, describe: Callable[[], bytes]) -> None:
+        self.describe = describe
 
     def send_intermediate(self, call_id: int, tensors: Mapping[str, Any] | None) -> None:
         raise ConfigError("transport 'local' has one pipeline stage")

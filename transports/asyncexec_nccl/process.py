@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import msgspec
 
-from asyncexec.transport import RankLoss
+from asyncexec.transport import KernelState, RankLoss
+
+_TAIL = 4096
+"""Characters of standard error that are kept."""
 
 _BOOTSTRAP = "import sys, json; s = json.loads(sys.argv[1]); sys.path[:] = s['sys_path']; \
 from asyncexec_nccl.rank import main; main(sys.argv[1])"
@@ -26,6 +29,7 @@ class RankLaunch(msgspec.Struct, frozen=True):
         backend: "nccl", "gloo", "none" or "auto".
         max_frame_bytes: of the configuration.
         control: file descriptor of its socket to the driver.
+        side: file descriptor of the socket over which the driver inspects it.
         store: file descriptor of the memory that the process groups meet in.
         previous, next: file descriptors of its sockets to the neighbouring pipeline stages; -1 where there is none.
         sys_path: where it imports from.
@@ -38,10 +42,16 @@ class RankLaunch(msgspec.Struct, frozen=True):
     backend: str
     max_frame_bytes: int
     control: int
+    side: int
     store: int
     previous: int
     next: int
     sys_path: list[str]
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What the process inherits; everything else of the driver is closed in it."""
+        return self.control, self.side, self.store, self.previous, self.next
 
 
 class RankProcess:
@@ -49,7 +59,6 @@ class RankProcess:
 
     Args:
         launch: what it is told.
-        keep: sockets and descriptors that it inherits; everything else of the driver is closed in it.
         environment: its environment variables.
         on_exit: called once, on `loop`, when it has ended.
     """
@@ -58,7 +67,6 @@ class RankProcess:
         self,
         loop: asyncio.AbstractEventLoop,
         launch: RankLaunch,
-        keep: Sequence[int],
         environment: Mapping[str, str],
         on_exit: Callable[[], None],
     ) -> None:
@@ -66,12 +74,14 @@ class RankProcess:
         # it, which a helper thread would leave too early.  A session of its own keeps a Ctrl-C away from the rank.
         self._process = subprocess.Popen(
             [sys.executable, "-c", _BOOTSTRAP, msgspec.json.encode(launch).decode()],
-            pass_fds=keep,
+            pass_fds=[fd for fd in launch.descriptors if fd >= 0],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             start_new_session=True,
         )
         self.pid = self._process.pid
+        self._errors = _ErrorOutput(loop, self._process, launch.rank)
         self._loop = loop
         self._on_exit = on_exit
         self._pidfd = os.pidfd_open(self.pid)
@@ -93,8 +103,21 @@ class RankProcess:
         code = self._process.returncode
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            return RankLoss(f"killed by {name}", self.pid, None, name)
-        return RankLoss(f"exited with status {code}", self.pid, code, None)
+            return RankLoss(f"killed by {name}", self.pid, None, name, self._errors.tail)
+        return RankLoss(f"exited with status {code}", self.pid, code, None, self._errors.tail)
+
+    def kernel_state(self) -> KernelState:
+        """From /proc; a zombie counts as dead."""
+        try:
+            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+            waits_in = Path(f"/proc/{self.pid}/wchan").read_text() if self.running else ""
+        except (FileNotFoundError, ProcessLookupError):
+            return KernelState("dead", "no such process")
+        words = next(line for line in lines if line.startswith("State:")).replace("\t", " ")
+        letter = words.split()[1]
+        if waits_in not in ("", "0"):
+            words += f", in {waits_in}"
+        return KernelState("stopped" if letter in "Tt" else "dead" if letter in "ZX" else "running", words)
 
     def _exited(self) -> None:
         self._loop.remove_reader(self._pidfd)
@@ -103,9 +126,48 @@ class RankProcess:
         self.signal(signal.SIGKILL)
         self._pidfd = -1
         self._process.wait()
+        self._errors.close()
         self._on_exit()
 
 
-def inheritable(connection: socket.socket | None) -> int:
-    """The descriptor to name in `RankLaunch`; -1 for none."""
-    return -1 if connection is None else connection.fileno()
+class _ErrorOutput:
+    """What a rank writes to standard error: passed on line by line, the last of it kept."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, process: subprocess.Popen[bytes], rank: int) -> None:
+        if process.stderr is None:
+            raise ValueError("the process has no pipe for standard error")
+        self._loop = loop
+        self._pipe = process.stderr
+        self._prefix = f"[rank {rank}] "
+        self._line = ""
+        self.tail = ""
+        os.set_blocking(self._pipe.fileno(), False)
+        loop.add_reader(self._pipe.fileno(), self._read)
+
+    def close(self) -> None:
+        """Take what is there still, and no more."""
+        if not self._pipe.closed:
+            while self._read():
+                pass
+        if not self._pipe.closed:
+            self._end()
+
+    def _read(self) -> bool:
+        """Take some; returns whether there may be more."""
+        try:
+            data = os.read(self._pipe.fileno(), 1 << 16)
+        except BlockingIOError:
+            return False
+        text = data.decode(errors="replace")
+        self.tail = (self.tail + text)[-_TAIL:]
+        *lines, self._line = (self._line + text).split("\n")
+        sys.stderr.write("".join(f"{self._prefix}{line}\n" for line in lines))
+        if not data:
+            self._end()
+        return bool(data)
+
+    def _end(self) -> None:
+        if self._line:
+            sys.stderr.write(f"{self._prefix}{self._line}\n")
+        self._loop.remove_reader(self._pipe.fileno())
+        self._pipe.close()

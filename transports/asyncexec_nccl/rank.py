@@ -5,14 +5,15 @@ import importlib
 import os
 import signal
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
 from asyncexec.runtime import RankRuntime
 from asyncexec.transport import RankLink
-from asyncexec.wire import Frame
+from asyncexec.wire import Frame, FrameKind
 from asyncexec.worker import ProcessGroups, RankContext
 from asyncexec_nccl.groups import choose_backend, join_groups, leave_groups
 from asyncexec_nccl.hops import HopReceiver, HopSender
@@ -41,6 +42,7 @@ class _SocketLink(RankLink):
     def __init__(self, launch: RankLaunch) -> None:
         self._launch = launch
         self._stream = self._open(launch.control)
+        self._side = self._open(launch.side)
         self._groups = ProcessGroups()
 
     def _open(self, descriptor: int) -> RankStream:
@@ -85,6 +87,17 @@ class _SocketLink(RankLink):
             device=device,
             groups=self._groups,
         )
+
+    def answer_inspections(self, describe: Callable[[], bytes]) -> None:
+        # a daemon: it ends with the process, at the latest with the driver
+        threading.Thread(target=self._answer, args=(describe,), name="asyncexec-side", daemon=True).start()
+
+    def _answer(self, describe: Callable[[], bytes]) -> None:
+        while self._side.receive() is not None:
+            try:
+                self._side.send(Frame(FrameKind.REPORT, body=describe()))
+            except ConnectionError:
+                return  # the driver is gone
 
     def send_intermediate(self, call_id: int, tensors: Mapping[str, Any] | None) -> None:
         self._next.send(call_id, tensors)

@@ -1,6 +1,7 @@
 """The driver's half: spawns the ranks, sends and receives their frames, ends them."""
 
 import asyncio
+import collections
 import contextlib
 import functools
 import importlib.util
@@ -16,13 +17,16 @@ import msgspec
 
 from asyncexec.config import ExecutorConfig
 from asyncexec.errors import WireError
-from asyncexec.transport import RankLoss, Transport, TransportEvents
-from asyncexec.wire import Frame, FrameKind
-from asyncexec_nccl.process import RankLaunch, RankProcess, inheritable
+from asyncexec.transport import KernelState, RankLoss, Transport, TransportEvents
+from asyncexec.wire import Buffer, Frame, FrameKind
+from asyncexec_nccl.process import RankLaunch, RankProcess
 from asyncexec_nccl.stream import DriverStream
 
 _EXIT_LIMIT = 1.0
 """Seconds that a process is given to end after its connection did, before the connection is what is reported."""
+
+_MAX_REPORT_BYTES = 1 << 24
+"""A rank with thousands of threads still fits."""
 
 _LAST_LIMIT = 5.0
 """Seconds that the kernel is given to end a process after SIGKILL."""
@@ -50,6 +54,7 @@ class NcclTransport(Transport):
     def __init__(self, config: ExecutorConfig, options: Any, events: TransportEvents) -> None:
         super().__init__(config, options, events)
         self._streams: list[DriverStream] = []
+        self._sides: list[_Side] = []
         self._processes: list[RankProcess] = []
         self._closing = False
         self._one_ended = anyio.Event()
@@ -70,11 +75,9 @@ class NcclTransport(Transport):
         with contextlib.ExitStack() as stack:
             store = os.memfd_create("asyncexec-store")
             stack.callback(os.close, store)
-            controls = [_pair(stack, keep_first=True) for _ in range(config.world_size)]
             hops = [_pair(stack) for _ in range(config.world_size - size)]
-            for rank, (ours, theirs) in enumerate(controls):
-                previous = hops[rank - size][1] if rank >= size else None
-                following = hops[rank][0] if rank < len(hops) else None
+            for rank in range(config.world_size):
+                control, side = _pair(stack), _pair(stack)
                 launch = RankLaunch(
                     driver_pid=os.getpid(),
                     rank=rank,
@@ -82,24 +85,34 @@ class NcclTransport(Transport):
                     pipeline_parallel_size=config.pipeline_parallel_size,
                     backend=self.options.backend,
                     max_frame_bytes=config.max_frame_bytes,
-                    control=theirs.fileno(),
+                    control=control[1].fileno(),
+                    side=side[1].fileno(),
                     store=store,
-                    previous=inheritable(previous),
-                    next=inheritable(following),
+                    previous=hops[rank - size][1].fileno() if rank >= size else -1,
+                    next=hops[rank][0].fileno() if rank < len(hops) else -1,
                     sys_path=sys.path,
                 )
-                keep = [fd for fd in (launch.control, launch.store, launch.previous, launch.next) if fd >= 0]
                 on_exit = functools.partial(self._exited, rank)
-                self._processes.append(RankProcess(loop, launch, keep, self._environment(), on_exit))
+                self._processes.append(RankProcess(loop, launch, self._environment(), on_exit))
                 on_frame = functools.partial(self.events.frame_received, rank)
                 on_end = functools.partial(self._stream_ended, rank)
-                self._streams.append(DriverStream(loop, ours, config.max_frame_bytes, on_frame, on_end))
+                limit = config.max_frame_bytes
+                self._streams.append(DriverStream(loop, control[0].dup(), limit, on_frame, on_end))
+                self._sides.append(_Side(loop, side[0].dup()))
 
     def send(self, frame: Frame, ranks: Sequence[int]) -> None:
         """Write the frame to each rank's socket, encoded once."""
         pieces = frame.pack()
         for rank in ranks:
             self._streams[rank].send(pieces)
+
+    async def inspect(self, rank: int) -> Buffer:
+        """Ask over a socket of its own, which a thread of its own serves."""
+        return await self._sides[rank].ask()
+
+    def kernel_state(self, rank: int) -> KernelState:
+        """From /proc."""
+        return self._processes[rank].kernel_state()
 
     async def close(self) -> None:
         """STOP, then SIGTERM, then SIGKILL, each within its limit."""
@@ -114,6 +127,8 @@ class NcclTransport(Transport):
                     process.signal(then)
         for stream in self._streams:
             stream.close()
+        for side in self._sides:
+            side.close()
 
     def abort(self) -> None:
         """SIGKILL to every rank."""
@@ -154,10 +169,43 @@ class NcclTransport(Transport):
             self.events.rank_lost(rank, loss())
 
 
-def _pair(stack: contextlib.ExitStack, *, keep_first: bool = False) -> tuple[socket.socket, socket.socket]:
+class _Side:
+    """The driver's end of a rank's side socket: questions, answered in order."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
+        self._loop = loop
+        self._waiting: collections.deque[asyncio.Future[Buffer]] = collections.deque()
+        self._stream = DriverStream(loop, connection, _MAX_REPORT_BYTES, self._answered, self._ended)
+        self._lost = False
+
+    async def ask(self) -> Buffer:
+        if self._lost:
+            raise ConnectionError("the rank is gone")
+        answer: asyncio.Future[Buffer] = self._loop.create_future()
+        self._waiting.append(answer)
+        self._stream.send(Frame(FrameKind.INSPECT).pack())
+        return await answer
+
+    def close(self) -> None:
+        self._stream.close()
+        self._ended(None)
+
+    def _answered(self, frame: Frame) -> None:
+        answer = self._waiting.popleft()
+        if not answer.done():  # who asked may have given up
+            answer.set_result(frame.body)
+
+    def _ended(self, error: Exception | None) -> None:
+        self._lost = True
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_exception(ConnectionError(f"the rank is gone: {error or 'end of stream'}"))
+        self._waiting.clear()
+
+
+def _pair(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
     """Two connected sockets, closed in the driver once the ranks have inherited them."""
     first, second = socket.socketpair()
+    stack.callback(first.close)
     stack.callback(second.close)
-    if not keep_first:
-        stack.callback(first.close)
     return first, second

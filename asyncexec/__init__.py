@@ -6,9 +6,10 @@
 The layers, from the bottom; imports go downward only:
 
     errors  config  outputs             what everybody speaks of
-    wire  codec  worker                 frames, how values travel, what an engine author writes
+    wire  codec  worker  inspection     frames, how values travel, what an engine author writes, what a rank is doing
     transport  runtime                  the Transport contract, and the code that serves a rank on every transport
-    registry  window  future  aggregate which transports there are; calls in flight; what callers hold; merging
+    registry  window  future  aggregate  supervision    installed transports; calls in flight; what callers hold;
+                                        merging; whether the ranks are well
     executor  submission  driver        the interface, and its one implementation over any transport
     run  cli  demo                      the event loop, the command line, a real engine
 
@@ -27,6 +28,7 @@ from asyncexec.errors import (
     ExecutorClosed,
     ExecutorFailed,
     PayloadError,
+    RankUnhealthy,
     ReplyLost,
     StepTimeout,
     TransportUnavailable,
@@ -37,6 +39,7 @@ from asyncexec.errors import (
 )
 from asyncexec.executor import Executor
 from asyncexec.future import StepFuture, StepTiming
+from asyncexec.inspection import RankReport, Report
 from asyncexec.outputs import DeferredOutput, IntermediateTensors
 from asyncexec.run import run
 from asyncexec.worker import ProcessGroups, RankContext, Worker
@@ -61,7 +64,10 @@ __all__ = [
     "PayloadError",
     "ProcessGroups",
     "RankContext",
+    "RankReport",
+    "RankUnhealthy",
     "ReplyLost",
+    "Report",
     "StepFuture",
     "StepTimeout",
     "StepTiming",

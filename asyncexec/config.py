@@ -5,7 +5,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -27,6 +27,8 @@ class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         drain: `aclose` waits this long for the calls in flight.
         stop: then this long for the ranks to leave by themselves,
         terminate: then this long after SIGTERM, before SIGKILL ends what is left.
+        report: how long a rank may take to say what it is doing.
+        health: how long a rank may be in a call without making progress and count as healthy.
     """
 
     start: float = 600.0
@@ -36,6 +38,8 @@ class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain: float = 10.0
     stop: float = 5.0
     terminate: float = 2.0
+    report: float = 0.3
+    health: float = 60.0
 
     def __post_init__(self) -> None:
         limits = {name: getattr(self, name) for name in self.__struct_fields__ if name != "methods"}
@@ -63,6 +67,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         max_frame_bytes: the largest message to or from a rank, out-of-band buffers included.
         aggregator: "first" (the output rank's value), "all" (a list of every rank's), or "module:Class".
         timeouts: see `Timeouts`.
+        on_timeout: after a call's deadline, "continue" drops the late reply and goes on; "fail" fails the executor.
         options: one table of options per transport, by the transport's name.
     """
 
@@ -75,6 +80,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     max_frame_bytes: int = 1 << 30
     aggregator: str = "first"
     timeouts: Timeouts = Timeouts()
+    on_timeout: Literal["continue", "fail"] = "continue"
     options: dict[str, dict[str, Any]] = {}
 
     def __post_init__(self) -> None:

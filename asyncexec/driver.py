@@ -2,6 +2,7 @@
 
 import asyncio
 import enum
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,15 +27,20 @@ from asyncexec.errors import (
 )
 from asyncexec.executor import Executor
 from asyncexec.future import StepFuture
+from asyncexec.inspection import Report
 from asyncexec.pickling import dumps
 from asyncexec.registry import load_transport
 from asyncexec.runtime import RemoteFailure, WorkerSpec, load_worker_class
 from asyncexec.submission import Reply, Submission
+from asyncexec.supervision import inspect_ranks, require_health
 from asyncexec.transport import RankLoss
-from asyncexec.window import Call, Complete, Decision, Send, Window
+from asyncexec.window import Call, Complete, Counters, Decision, Send, Window
 from asyncexec.wire import ALL_RANKS, Frame, FrameKind
 
 _ALL = AllRanks()
+
+_DEATH_LIMIT = 0.08
+"""Seconds between a rank's connections breaking and the kernel telling of its death; more than enough."""
 
 
 def create_executor(
@@ -94,6 +100,7 @@ class Driver(Executor):
         self._closing = anyio.Lock()
         self._changed: anyio.Event | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._explaining: set[asyncio.Task[None]] = set()
         self._failure: AsyncExecError | None = None
         self._failure_callbacks: list[Callable[[AsyncExecError], None]] = []
 
@@ -129,6 +136,7 @@ class Driver(Executor):
                         await self._until(lambda: not self._window.in_flight + self._window.queued)
                 if self._state not in (_State.NEW, _State.CLOSED):
                     await self._transport.close()
+                    await asyncio.gather(*self._explaining)
                     self._end_calls("the executor was closed before the call was done")
                 self._state = _State.CLOSED
 
@@ -257,6 +265,17 @@ class Driver(Executor):
         else:
             self._failure_callbacks.append(callback)
 
+    @property
+    def counters(self) -> Counters:
+        return self._window.counters
+
+    async def report(self) -> Report:
+        return await inspect_ranks(self._transport, self._ranks, self._config.timeouts.report)
+
+    async def check_health(self, timeout: float | None = None) -> None:
+        self._check_running()
+        require_health(await self.report(), self._config.timeouts.health if timeout is None else timeout)
+
     # ----------------------------------------------------------------------------------- events of the transport
 
     def frame_received(self, rank: int, frame: Frame) -> None:
@@ -266,22 +285,68 @@ class Driver(Executor):
             self._rank_free[rank] = frame.ended_ns
             decisions = self._window.replied(rank, frame.call_id, frame.epoch, reply)
         elif frame.kind is FrameKind.ERROR:
-            decisions = self._window.errored(rank, frame.call_id, frame.epoch, _worker_error(rank, frame, self._codec))
+            self._rank_raised(rank, frame)
+            return
         else:
             decisions = self._window.skipped(rank, frame.call_id, frame.epoch)
         self._carry_out(decisions)
 
     def rank_lost(self, rank: int, loss: RankLoss) -> None:
         """A rank ended by itself; called by the transport.  Without it no call can complete: the executor fails."""
-        if self._failure is not None or self._aborted:
-            return
-        self._failure = _worker_died(rank, loss)
-        self._carry_out(self._window.fail(lambda call: _worker_died(rank, loss, call)))
-        self._transport.abort()
-        for callback in self._failure_callbacks:
-            callback(self._failure)
+        last = self._window.last_sent(rank)
+        died = functools.partial(_worker_died, rank, loss, f"{last.method}, call {last.call_id}" if last else "none")
+        self._fail(died(), died)
 
     # --------------------------------------------------------------------------------------------------- inside
+
+    def _rank_raised(self, rank: int, frame: Frame) -> None:
+        failure = msgspec.msgpack.decode(frame.body, type=RemoteFailure)
+        error = WorkerError(
+            failure.type,
+            failure.message,
+            failure.traceback,
+            method=self._codec.method_name(frame.method) or "a callable",
+            call_id=frame.call_id,
+            epoch=frame.epoch,
+            rank=rank,
+        )
+
+        def deliver() -> None:
+            self._carry_out(self._window.errored(rank, frame.call_id, frame.epoch, error))
+
+        if failure.in_collective:
+            # the peer's death, which breaks a collective, is the cause to report; the kernel is about to tell of it
+            self._loop.call_later(_DEATH_LIMIT, deliver)
+        else:
+            deliver()
+
+    def _fail(self, cause: AsyncExecError, error_for: Callable[[Call], AsyncExecError]) -> None:
+        """The executor cannot go on: fail what is in flight, end the ranks, tell who asked to be told."""
+        if self._failure is not None or self._aborted:
+            return
+        self._failure = cause
+        self._carry_out(self._window.fail(error_for))
+        self._transport.abort()
+        for callback in self._failure_callbacks:
+            self._loop.call_soon(callback, cause)
+
+    def _time_out(self, future: StepFuture[Any], error: StepTimeout) -> None:
+        """Fail a caller whose deadline has passed, once the ranks have said what they were doing."""
+
+        async def explain() -> None:
+            try:
+                error.report = await self.report()
+            finally:
+                future.set_exception(error)
+                if self._config.on_timeout == "fail":
+                    self._fail(error, lambda call: ExecutorFailed(error))
+
+        if error.waiting_for:
+            task = self._loop.create_task(explain())
+            self._explaining.add(task)
+            task.add_done_callback(self._explaining.discard)
+        else:
+            future.set_exception(error)
 
     def _carry_out(self, decisions: Sequence[Decision]) -> None:
         for decision in decisions:
@@ -292,6 +357,8 @@ class Driver(Executor):
                 submission.send_ended = time.monotonic_ns()
             elif isinstance(decision, Complete):
                 submission.complete(decision.call, self._codec)
+            elif isinstance(decision.error, StepTimeout):
+                self._time_out(submission.future, decision.error)
             else:
                 submission.future.set_exception(decision.error)
         if self._changed is not None:
@@ -327,26 +394,14 @@ class Driver(Executor):
             raise RuntimeError("executors belong to the thread of their event loop; use loop.call_soon_threadsafe")
 
 
-def _worker_error(rank: int, frame: Frame, codec: Codec) -> WorkerError:
-    failure = msgspec.msgpack.decode(frame.body, type=RemoteFailure)
-    method = codec.method_name(frame.method) or "a callable"
-    return WorkerError(
-        failure.type,
-        failure.message,
-        failure.traceback,
-        method=method,
-        call_id=frame.call_id,
-        epoch=frame.epoch,
-        rank=rank,
-    )
-
-
-def _worker_died(rank: int, loss: RankLoss, call: Call | None = None) -> WorkerDied:
+def _worker_died(rank: int, loss: RankLoss, last_call: str, call: Call | None = None) -> WorkerDied:
     return WorkerDied(
         f"rank {rank} died: {loss.reason}",
         pid=loss.pid,
         exit_code=loss.exit_code,
         signal=loss.signal,
+        last_call=last_call,
+        stderr=loss.stderr,
         method=call.method if call else "",
         call_id=call.call_id if call else 0,
         epoch=call.epoch if call else 0,

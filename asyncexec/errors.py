@@ -18,6 +18,10 @@ AsyncExecError
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asyncexec.inspection import Report
 
 
 class AsyncExecError(Exception):
@@ -54,6 +58,20 @@ class ExecutorFailed(ExecutorClosed):
     def __init__(self, cause: BaseException) -> None:
         self.cause = cause
         super().__init__(f"the executor has failed: {cause}")
+
+
+class RankUnhealthy(AsyncExecError):
+    """Ranks that are stopped, do not answer, have died, or make no progress in their call.
+
+    Attributes:
+        ranks: which.
+        report: what every rank was doing.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int], report: "Report") -> None:
+        self.ranks = tuple(ranks)
+        self.report = report
+        super().__init__(message)
 
 
 class CallError(AsyncExecError):
@@ -141,6 +159,8 @@ class WorkerDied(CallError):
         pid: the process, where the transport knows it.
         exit_code: what it exited with; None when a signal ended it or nothing is known.
         signal: the signal's name, such as "SIGKILL"; None when it exited.
+        last_call: the last call that it had been sent and that was not done, such as "execute_model, call 7".
+        stderr: the end of what it wrote to standard error.
     """
 
     def __init__(
@@ -150,15 +170,24 @@ class WorkerDied(CallError):
         pid: int | None = None,
         exit_code: int | None = None,
         signal: str | None = None,
+        last_call: str = "",
+        stderr: str = "",
         method: str = "",
         call_id: int = 0,
         epoch: int = 0,
         rank: int | None = None,
     ) -> None:
+        self.last_call = last_call
+        self.stderr = stderr
         self.pid = pid
         self.exit_code = exit_code
         self.signal = signal
         super().__init__(message, method=method, call_id=call_id, epoch=epoch, rank=rank)
+
+    def __str__(self) -> str:
+        last = f"\nIts last call: {self.last_call}" if self.last_call else ""
+        stderr = f"\nThe end of its standard error:\n{self.stderr.rstrip()}" if self.stderr else ""
+        return f"{super().__str__()}{last}{stderr}"
 
 
 class ReplyLost(CallError):
@@ -171,6 +200,7 @@ class StepTimeout(CallError, TimeoutError):
     Attributes:
         timeout: the limit, in seconds.
         waiting_for: the ranks that had not answered; empty when the call had not been sent yet.
+        report: what every rank was doing then, and whom the others waited for; None when it had not been sent.
     """
 
     def __init__(
@@ -185,7 +215,11 @@ class StepTimeout(CallError, TimeoutError):
     ) -> None:
         self.timeout = timeout
         self.waiting_for = tuple(waiting_for)
+        self.report: Report | None = None
         super().__init__(message, method=method, call_id=call_id, epoch=epoch)
+
+    def __str__(self) -> str:
+        return super().__str__() if self.report is None else f"{super().__str__()}\n\n{self.report.with_stacks()}"
 
 
 class AggregationError(CallError):

@@ -9,6 +9,8 @@ from asyncexec.aggregate import Aggregator
 from asyncexec.config import ExecutorConfig
 from asyncexec.errors import AsyncExecError
 from asyncexec.future import StepFuture
+from asyncexec.inspection import Report
+from asyncexec.window import Counters
 
 
 class Executor(abc.ABC):
@@ -135,12 +137,33 @@ class Executor(abc.ABC):
     def add_failure_callback(self, callback: Callable[[AsyncExecError], None]) -> None:
         """Have `callback(cause)` called once when the executor fails; at once if it has failed already."""
 
+    @property
+    @abc.abstractmethod
+    def counters(self) -> Counters:
+        """Replies that came too late, from ranks that are gone, or never."""
+
+    @abc.abstractmethod
+    async def report(self) -> Report:
+        """What every rank is doing, with its stacks, and whom the others wait for.
+
+        Answered beside the ranks' main threads, within `timeouts.report`; also for an executor that has failed.
+        """
+
+    @abc.abstractmethod
+    async def check_health(self, timeout: float | None = None) -> None:
+        """Return if every rank is idle or makes progress, however long its call takes already.
+
+        Progress is a call begun or ended, tensors handed on, or a mark by `RankContext.mark_progress`.
+
+        Args:
+            timeout: seconds without progress that are too many; None takes `timeouts.health` of the configuration.
+
+        Raises:
+            RankUnhealthy: names the ranks that are stopped, silent, dead or stuck, with the report.
+        """
+
     # --------------------------------------------------------------------------------------------- model verbs
     # Thin collective calls: each runs the worker's method of the same name on every rank.
-
-    async def check_health(self, timeout: float | None = None) -> None:
-        """Return if every rank takes and answers a call within `timeout` seconds; raise what failed otherwise."""
-        await self.collective_rpc(_answer, timeout=timeout)
 
     async def sleep(self, level: int = 1) -> None:
         """Free device memory until `wake_up`; the levels are the worker's."""
@@ -173,7 +196,3 @@ class Executor(abc.ABC):
     async def save_sharded_state(self, path: str, pattern: str | None = None, max_size: int | None = None) -> None:
         """Have every rank write its part of the weights below `path`."""
         await self.collective_rpc("save_sharded_state", (path, pattern, max_size))
-
-
-def _answer(worker: Any) -> None:
-    """What `check_health` runs on a rank."""

@@ -46,7 +46,7 @@ class RankReport(msgspec.Struct, frozen=True):
     kernel: str = ""
 
     def __str__(self) -> str:
-        doing = self.state
+        doing: str = self.state
         if self.state in ("idle", "running") and self.method:
             verb = "running" if self.state == "running" else "idle since it ran"
             doing = f"{verb} {self.method} of call {self.call_id} for {self.seconds:.3f} s"

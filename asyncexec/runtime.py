@@ -36,23 +36,34 @@ class WorkerSpec(NamedTuple):
 
 
 class RemoteFailure(msgspec.Struct, frozen=True, array_like=True):
-    """An exception on its way to the driver; the msgpack body of an ERROR frame."""
+    """An exception on its way to the driver; the msgpack body of an ERROR frame.
+
+    Attributes:
+        type: qualified name of its class.
+        message: its text.
+        traceback: as printed here.
+        in_collective: whether torch.distributed raised it: another rank may be the reason.
+    """
 
     type: str
     message: str
     traceback: str
+    in_collective: bool
 
     @classmethod
     def of(cls, error: BaseException) -> "RemoteFailure":
         """Describe an exception that is being handled."""
         module = type(error).__module__
         name = type(error).__qualname__ if module == "builtins" else f"{module}.{type(error).__qualname__}"
-        return cls(name, str(error), "".join(traceback.format_exception(error)))
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        in_collective = any(module.startswith("torch.distributed") for module in frames)
+        printed = "".join(traceback.format_exception(error))
+        return cls(name, _encodable(str(error)), _encodable(printed), in_collective)
 
-    def pack(self) -> bytes:
-        """As msgpack; text that is no valid Unicode is escaped."""
-        parts = (self.type, self.message, self.traceback)
-        return msgspec.msgpack.encode(RemoteFailure(*(p.encode("utf-8", "backslashreplace").decode() for p in parts)))
+
+def _encodable(text: str) -> str:
+    """Escape what is no valid Unicode."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def load_worker_class(worker: str | type) -> type:
@@ -195,7 +206,7 @@ def _answer(kind: FrameKind, frame: Frame, started: int) -> Frame:
 
 def _error(frame: Frame, error: Exception, started: int) -> Frame:
     reply = _answer(FrameKind.ERROR, frame, started)
-    reply.body = RemoteFailure.of(error).pack()
+    reply.body = msgspec.msgpack.encode(RemoteFailure.of(error))
     return reply
 
 

@@ -152,6 +152,11 @@ class Window:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
+    def last_sent(self, rank: int) -> Call | None:
+        """The latest call that was sent to `rank` and is not done; None where there is none."""
+        sent = (call for call in self._open.values() if call.state is CallState.SENT and rank in call.ranks)
+        return max(sent, key=lambda call: call.call_id, default=None)
+
     def submit(self, call: Call, now: float) -> list[Decision]:
         """Accept a call; `now` is in seconds on any monotonic clock.
 

@@ -1,7 +1,9 @@
 """The workers that the tests put on ranks: importable there, and each small."""
 
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -78,6 +80,18 @@ class EchoWorker:
 
     def exit(self, status: int) -> None:
         os._exit(status)
+
+    def exit_saying(self, words: str) -> None:
+        print(words, file=sys.stderr)
+        print("for good", end="", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def work(self, seconds: float, marking: bool) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.01)
+            if marking:
+                self.context.mark_progress()
 
     def pid(self) -> int:
         return os.getpid()
@@ -186,6 +200,27 @@ class SumWorker:
 
     def __init__(self, context: RankContext) -> None:
         self.context = context
+
+    def sum_without(self, culprit: int) -> None:
+        import torch
+        import torch.distributed as dist
+
+        if self.context.rank != culprit:
+            dist.all_reduce(torch.tensor(1))
+
+    def join_late(self) -> None:
+        self.sum_without(-1)
+
+    def sum_without_dying(self, culprit: int) -> None:
+        if self.context.rank == culprit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.sum_without(culprit)
+
+    def bad_collective(self) -> None:
+        import torch
+        import torch.distributed as dist
+
+        dist.all_reduce(torch.ones(2), op=None)
 
     def sums(self) -> tuple[int, int]:
         import torch

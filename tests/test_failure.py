@@ -1,0 +1,188 @@
+"""Failures are fast, typed and explained: reports, deadlines, hangs, deaths, health."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import workers
+
+from asyncexec import (
+    Executor,
+    ExecutorFailed,
+    RankReport,
+    RankUnhealthy,
+    Report,
+    StepTimeout,
+    WorkerDied,
+    WorkerError,
+    create_executor,
+)
+from asyncexec.inspection import blame
+
+pytestmark = pytest.mark.usefixtures("no_leftovers")
+Layout = dict[str, Any]
+QUICK = {"drain": 0.2, "stop": 0.3, "terminate": 0.3}
+
+
+async def until(executor: Executor, holds: Any) -> Report:
+    """Reports until one satisfies `holds`: a rank takes up its calls when it gets to them."""
+    async with asyncio.timeout(20):
+        while True:
+            report = await executor.report()
+            if holds(report):
+                return report
+
+
+async def test_the_report_tells_what_every_rank_does(layout: Layout, world_size: int) -> None:
+    async with create_executor(layout, workers.EchoWorker) as executor:
+        await executor.execute_model(1)
+        idle = await executor.report()
+        assert [rank.state for rank in idle.ranks] == ["idle"] * world_size
+        assert idle.blamed == []
+        nap = asyncio.ensure_future(executor.collective_rpc("nap", (0.5,)))
+        busy = await until(executor, lambda report: all(rank.state == "running" for rank in report.ranks))
+        for before, rank in zip(idle.ranks, busy.ranks, strict=True):
+            assert (rank.method, rank.waiting_in) == ("nap", None)
+            assert rank.progress > before.progress
+            assert "in nap" in rank.stacks
+        assert "running nap of call" in str(busy)
+        await nap
+
+
+async def test_a_hang_is_explained(layout: Layout, world_size: int) -> None:
+    async with create_executor(layout, workers.EchoWorker) as executor:
+        began = time.monotonic()
+        with pytest.raises(StepTimeout) as caught:
+            await executor.collective_rpc("nap", (1.0,), timeout=0.2, ranks=[world_size - 1])
+        assert time.monotonic() - began < 0.7
+        report = caught.value.report
+        assert report is not None
+        assert report.blamed == [world_size - 1]
+        assert f"the others wait for: rank {world_size - 1}" in str(caught.value)
+        assert "in nap" in str(caught.value)
+
+
+async def test_a_stopped_rank_is_named() -> None:
+    layout = {"transport": "nccl", "tensor_parallel_size": 2, "options": {"nccl": {"backend": "none"}}}
+    async with create_executor(layout | {"timeouts": QUICK}, workers.EchoWorker) as executor:
+        pids = await executor.collective_rpc("pid")
+        os.kill(pids[1], signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(StepTimeout) as caught:
+            await executor.collective_rpc("rank", timeout=0.2)
+        assert time.monotonic() - began < 0.7
+        assert caught.value.report is not None
+        assert caught.value.report.blamed == [1]
+        assert caught.value.report.ranks[1].state == "stopped"
+        assert "T (stopped)" in caught.value.report.ranks[1].kernel
+        with pytest.raises(RankUnhealthy, match="rank 1: stopped"):
+            await executor.check_health()
+        os.kill(pids[1], signal.SIGCONT)
+        assert await executor.collective_rpc("rank") == [0, 1]
+
+
+@asynccontextmanager
+async def gloo(worker: type, **config: Any) -> AsyncIterator[Executor]:
+    layout = {"transport": "nccl", "tensor_parallel_size": 2, "timeouts": QUICK}
+    async with create_executor(layout | config, worker) as executor:
+        yield executor
+
+
+async def test_a_collective_that_a_peer_never_enters_blames_the_peer() -> None:
+    async with gloo(workers.SumWorker) as executor:
+        for culprit in (0, 1):
+            with pytest.raises(StepTimeout) as caught:
+                await executor.collective_rpc("sum_without", (culprit,), timeout=0.3)
+            report = caught.value.report
+            assert report is not None
+            assert report.ranks[1 - culprit].waiting_in == "all_reduce"
+            assert report.blamed == [culprit]
+            await executor.collective_rpc("join_late", ranks=[culprit])
+            assert await executor.collective_rpc("sums") == [(1, 1)] * 2
+
+
+async def test_a_death_that_breaks_a_collective_is_the_cause_that_is_reported() -> None:
+    async with gloo(workers.SumWorker) as executor:
+        calls = [asyncio.ensure_future(executor.collective_rpc("sum_without_dying", (1,))) for _ in range(3)]
+        for call in calls:
+            with pytest.raises(WorkerDied, match="rank 1 died: killed by SIGKILL"):
+                await call
+
+
+async def test_a_stuck_collective_does_not_hold_up_closing() -> None:
+    async with gloo(workers.SumWorker) as executor:
+        stuck = asyncio.ensure_future(executor.collective_rpc("sum_without", (0,)))
+        await until(executor, lambda report: report.ranks[1].waiting_in is not None)
+        began = time.monotonic()
+    assert time.monotonic() - began < 3
+    with pytest.raises(Exception, match="closed"):
+        await stuck
+
+
+async def test_after_a_timeout_the_executor_fails_if_asked_to(layout: Layout) -> None:
+    config = layout | {"on_timeout": "fail", "timeouts": QUICK}
+    async with create_executor(config, workers.EchoWorker) as executor:
+        causes: list[Exception] = []
+        executor.add_failure_callback(causes.append)
+        nap = asyncio.ensure_future(executor.collective_rpc("nap", (0.5,), timeout=0.1))
+        await asyncio.sleep(0)
+        behind = executor.execute_model(1)
+        with pytest.raises(StepTimeout):
+            await nap
+        with pytest.raises(ExecutorFailed, match=r"nap took longer than 0\.1 s"):
+            await behind
+        with pytest.raises(ExecutorFailed):
+            executor.execute_model(1)
+        assert [type(cause) for cause in causes] == [StepTimeout]
+
+
+async def test_health_is_progress() -> None:
+    async with create_executor({"transport": "local"}, workers.EchoWorker) as executor:
+        await executor.check_health()
+        busy = asyncio.ensure_future(executor.collective_rpc("work", (1.0, True)))
+        await until(executor, lambda report: report.ranks[0].state == "running" and report.ranks[0].seconds > 0.2)
+        await executor.check_health(timeout=0.15)
+        await busy
+        stuck = asyncio.ensure_future(executor.collective_rpc("work", (1.0, False)))
+        await until(executor, lambda report: report.ranks[0].state == "running" and report.ranks[0].seconds > 0.2)
+        with pytest.raises(RankUnhealthy, match=r"no progress for 0\.15 s: rank 0: running work") as caught:
+            await executor.check_health(timeout=0.15)
+        assert caught.value.ranks == (0,)
+        await stuck
+
+
+async def test_a_death_comes_with_its_last_words(capfd: pytest.CaptureFixture[str]) -> None:
+    layout = {"transport": "nccl", "options": {"nccl": {"backend": "none"}}}
+    async with create_executor(layout, workers.EchoWorker) as executor:
+        with pytest.raises(WorkerDied) as caught:
+            await executor.collective_rpc("exit_saying", ("out of luck",))
+        assert caught.value.stderr == "out of luck\nfor good"
+        assert caught.value.last_call == "exit_saying, call 2"
+        assert "out of luck" in str(caught.value)
+        report = await executor.report()
+        assert report.ranks[0].state == "dead"
+
+
+async def test_an_error_in_a_collective_is_delivered_when_nobody_died() -> None:
+    async with gloo(workers.SumWorker) as executor:
+        with pytest.raises(WorkerError, match="TypeError"):
+            await executor.collective_rpc("bad_collective")
+        assert await executor.collective_rpc("sums") == [(1, 1)] * 2
+
+
+def test_blame() -> None:
+    def rank(number: int, state: Any = "running", waiting: str | None = None, call: int = 1) -> RankReport:
+        return RankReport(number, state, "m", call, waiting_in=waiting)
+
+    assert blame([rank(0, "idle"), rank(1, "idle")]) == []
+    assert blame([rank(0, "idle"), rank(1)]) == [1]
+    assert blame([rank(0, waiting="all_reduce"), rank(1)]) == [1]
+    assert blame([rank(0, waiting="all_reduce"), rank(1, "idle")]) == [1]
+    assert blame([rank(0, waiting="all_reduce"), rank(1, "stopped"), rank(2)]) == [1]
+    assert blame([rank(0, "dead"), rank(1, "stopped")]) == [0]
+    assert blame([rank(0, waiting="a", call=3), rank(1, waiting="a", call=2)]) == [1]

@@ -99,7 +99,8 @@ class Driver(Executor):
         self._aborted = False
         self._closing = anyio.Lock()
         self._changed: anyio.Event | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = 0.0
         self._explaining: set[asyncio.Task[None]] = set()
         self._failure: AsyncExecError | None = None
         self._failure_callbacks: list[Callable[[AsyncExecError], None]] = []
@@ -375,10 +376,10 @@ class Driver(Executor):
     def _arm_timer(self) -> None:
         """Have `_expire` called at the next deadline; a timer that is too early arms itself again."""
         deadline = self._window.next_deadline
-        if deadline is not None and (self._timer is None or deadline < self._timer.when()):
+        if deadline is not None and (self._timer is None or deadline < self._timer_at):
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = self._loop.call_at(deadline, self._expire)
+            self._timer, self._timer_at = self._loop.call_at(deadline, self._expire), deadline
 
     def _expire(self) -> None:
         self._timer = None

@@ -8,8 +8,8 @@ The layers, from the bottom; imports go downward only:
     errors  config  outputs             what everybody speaks of
     wire  codec  worker  inspection     frames, how values travel, what an engine author writes, what a rank is doing
     transport  runtime                  the Transport contract, and the code that serves a rank on every transport
-    registry  window  future  aggregate  supervision    installed transports; calls in flight; what callers hold;
-                                        merging; whether the ranks are well
+    registry  window  future            installed transports; calls in flight; what callers hold
+    aggregate  supervision  reporting   merging; whether the ranks are well; telling people
     executor  submission  driver        the interface, and its one implementation over any transport
     run  cli  demo                      the event loop, the command line, a real engine
 

@@ -1,4 +1,4 @@
-"""The command line: `asyncexec demo`, `asyncexec doctor`, `asyncexec --version`."""
+"""The command line: `asyncexec demo`, `asyncexec doctor`, `asyncexec report`, `asyncexec --version`."""
 
 import argparse
 import importlib.util
@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import asyncexec
 from asyncexec.errors import AsyncExecError, ConfigError, TransportUnavailable
+from asyncexec.reporting import fetch_report, running_executors
 
 USAGE_ERROR = 2
 """Exit status of bad arguments and configurations, as argparse has it."""
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="generate text with a transformer split over worker processes")
     commands.add_parser("doctor", help="what this machine has, and which transports it can use")
+    report = commands.add_parser("report", help="what the ranks of running executors are doing")
+    report.add_argument("pid", type=int, nargs="?", help="of the driver's process (default: every one)")
     missing = _missing_for_demo()
     if not missing:
         from asyncexec.demo import command
@@ -65,9 +68,20 @@ def _run(parsed: argparse.Namespace) -> int:
         for line in doctor.report():
             print(line)
         return 0
+    if parsed.command == "report":
+        return _report(parsed.pid)
     from asyncexec.demo import command
 
     return command.run(parsed)
+
+
+def _report(pid: int | None) -> int:
+    executors = {name: driver for name, driver in running_executors().items() if pid in (None, driver)}
+    if not executors:
+        raise AsyncExecError("no executor is running" if pid is None else f"process {pid} runs no executor")
+    for name, driver in executors.items():
+        print(f"=== process {driver}: {fetch_report(name)}")
+    return 0
 
 
 def _missing_for_demo() -> list[str]:

@@ -30,10 +30,11 @@ from asyncexec.future import StepFuture
 from asyncexec.inspection import Report
 from asyncexec.pickling import dumps
 from asyncexec.registry import load_transport
+from asyncexec.reporting import Reporter
 from asyncexec.runtime import RemoteFailure, WorkerSpec, load_worker_class
 from asyncexec.submission import Reply, Submission
 from asyncexec.supervision import inspect_ranks, require_health
-from asyncexec.transport import RankLoss
+from asyncexec.transport import RankLoss, Transport
 from asyncexec.window import Call, Complete, Counters, Decision, Send, Window
 from asyncexec.wire import ALL_RANKS, Frame, FrameKind
 
@@ -49,6 +50,7 @@ def create_executor(
     *,
     worker_kwargs: Mapping[str, Any] | None = None,
     aggregator: Aggregator | None = None,
+    transport: type[Transport] | None = None,
 ) -> Executor:
     """An executor for `worker`, not yet started: use it with `async with`, or call `start`.
 
@@ -57,12 +59,13 @@ def create_executor(
         worker: a class, or "module:Class".
         worker_kwargs: keyword arguments for its constructor, beside the rank context.
         aggregator: merges each step's outputs; None makes the one that `config.aggregator` names.
+        transport: a class to use in place of the one that `config.transport` names, such as one with faults built in.
 
     Raises:
         ConfigError: the configuration, or the worker, cannot work; says which key is wrong and what is valid.
         TransportUnavailable: the transport is not installed, or lacks something; says what to install.
     """
-    return Driver(ExecutorConfig.of(config), worker, worker_kwargs or {}, aggregator)
+    return Driver(ExecutorConfig.of(config), worker, worker_kwargs or {}, aggregator, transport)
 
 
 class _State(enum.Enum):
@@ -82,13 +85,14 @@ class Driver(Executor):
         worker: str | type,
         worker_kwargs: Mapping[str, Any],
         aggregator: Aggregator | None,
+        transport: type[Transport] | None = None,
     ) -> None:
         self._config = config
         self._codec = Codec(load_worker_class(worker))
         self._spec = WorkerSpec(worker, dict(worker_kwargs), self._codec.fingerprint)
         self._aggregator = aggregator or make_aggregator(config.aggregator)
         self._window = Window(config.world_size, config.max_concurrent_batches, config.max_queued_steps)
-        transport = load_transport(config.transport)
+        transport = transport or load_transport(config.transport)
         options = convert(
             config.options.get(config.transport, {}), transport.Options, where=f"options.{config.transport}: "
         )
@@ -101,6 +105,7 @@ class Driver(Executor):
         self._changed: anyio.Event | None = None
         self._timer: asyncio.Handle | None = None
         self._timer_at = 0.0
+        self._reporter = Reporter(self._report_text)
         self._explaining: set[asyncio.Task[None]] = set()
         self._failure: AsyncExecError | None = None
         self._failure_callbacks: list[Callable[[AsyncExecError], None]] = []
@@ -118,6 +123,7 @@ class Driver(Executor):
             with anyio.move_on_after(limit) as scope:
                 await self._transport.open()
                 await self._submit(self._start_frame(), "start", self._ranks, _ALL, limit)
+                await self._reporter.open()
             if scope.cancelled_caught:
                 raise StepTimeout(f"not started after {limit:g} s", timeout=limit, waiting_for=(), method="start")
         except BaseException as error:
@@ -136,6 +142,7 @@ class Driver(Executor):
                     with anyio.move_on_after(self._config.timeouts.drain):
                         await self._until(lambda: not self._window.in_flight + self._window.queued)
                 if self._state not in (_State.NEW, _State.CLOSED):
+                    await self._reporter.close()
                     await self._transport.close()
                     await asyncio.gather(*self._explaining)
                     self._end_calls("the executor was closed before the call was done")
@@ -272,6 +279,14 @@ class Driver(Executor):
 
     async def report(self) -> Report:
         return await inspect_ranks(self._transport, self._ranks, self._config.timeouts.report)
+
+    async def _report_text(self) -> str:
+        config = self._config
+        ranks = f"tensor parallel {config.tensor_parallel_size}, pipeline parallel {config.pipeline_parallel_size}"
+        calls = f"{self._window.in_flight} calls in flight, {self._window.queued} queued"
+        failed = f"\nfailed: {self._failure}" if self._failure else ""
+        report = await self.report()
+        return f"{config.transport}, {ranks}; {calls}; {self.counters}{failed}\n{report.with_stacks()}\n"
 
     async def check_health(self, timeout: float | None = None) -> None:
         self._check_running()

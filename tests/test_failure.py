@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -173,6 +175,29 @@ async def test_an_error_in_a_collective_is_delivered_when_nobody_died() -> None:
         with pytest.raises(WorkerError, match="TypeError"):
             await executor.collective_rpc("bad_collective")
         assert await executor.collective_rpc("sums") == [(1, 1)] * 2
+
+
+async def test_reports_for_people(layout: Layout, world_size: int, caplog: pytest.LogCaptureFixture) -> None:
+    async with create_executor(layout, workers.EchoWorker) as executor:
+        await executor.execute_model(1)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "asyncexec", "report", str(os.getpid())), stdout=subprocess.PIPE
+        )
+        output, _ = await process.communicate()
+        assert process.returncode == 0
+        text = output.decode()
+        assert f"process {os.getpid()}: {layout['transport']}" in text
+        assert f"rank {world_size - 1}: idle since it ran execute_model" in text
+        os.kill(os.getpid(), signal.SIGUSR1)
+        async with asyncio.timeout(10):
+            while not caplog.records:
+                await executor.report()
+        assert "rank 0: idle since" in caplog.text
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "asyncexec", "report", str(os.getpid())), stderr=subprocess.PIPE
+    )
+    _, errors = await process.communicate()
+    assert (process.returncode, errors.decode()) == (1, f"asyncexec report: process {os.getpid()} runs no executor\n")
 
 
 def test_blame() -> None:

@@ -39,7 +39,7 @@ def dumps(value: Any) -> tuple[Buffer, Sequence[Buffer]]:
 
     message = io.BytesIO()
     _Pickler(message, protocol=5, buffer_callback=keep_in_band).dump(value)
-    return message.getbuffer(), buffers
+    return message.getvalue(), buffers
 
 
 def loads(message: Buffer, buffers: Sequence[Buffer] = ()) -> Any:

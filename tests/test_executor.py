@@ -214,7 +214,7 @@ async def test_what_cannot_be_sent_fails_alone(layout: Layout) -> None:
 
 async def test_deferred_outputs_do_not_hold_up_the_rank() -> None:
     for transport in ("local", "nccl"):
-        config = {"transport": transport, "async_scheduling": True}
+        config = {"transport": transport, "async_scheduling": True, "options": {"nccl": {"backend": "none"}}}
         async with create_executor(config, workers.DeferringWorker) as executor:
             first, second, third = (executor.execute_model(n) for n in (5, -6, 7))
             assert await first == 5, "it is there only once the second has been started"

@@ -35,7 +35,7 @@ from asyncexec.runtime import RemoteFailure, WorkerSpec, load_worker_class
 from asyncexec.submission import Reply, Submission
 from asyncexec.supervision import inspect_ranks, require_health
 from asyncexec.transport import RankLoss, Transport
-from asyncexec.window import Call, Complete, Counters, Decision, Send, Window
+from asyncexec.window import Call, Complete, Counters, Decision, Fail, Send, Window
 from asyncexec.wire import ALL_RANKS, Frame, FrameKind
 
 _ALL = AllRanks()
@@ -89,7 +89,7 @@ class Driver(Executor):
     ) -> None:
         self._config = config
         self._codec = Codec(load_worker_class(worker))
-        self._spec = WorkerSpec(worker, dict(worker_kwargs), self._codec.fingerprint)
+        self._spec = WorkerSpec(worker, dict(worker_kwargs), self._codec.fingerprint, config.max_frame_bytes)
         self._aggregator = aggregator or make_aggregator(config.aggregator)
         self._window = Window(config.world_size, config.max_concurrent_batches, config.max_queued_steps)
         transport = transport or load_transport(config.transport)
@@ -105,6 +105,7 @@ class Driver(Executor):
         self._changed: anyio.Event | None = None
         self._timer: asyncio.Handle | None = None
         self._timer_at = 0.0
+        self._held: dict[int, tuple[Call, WorkerError]] = {}
         self._reporter = Reporter(self._report_text)
         self._explaining: set[asyncio.Task[None]] = set()
         self._failure: AsyncExecError | None = None
@@ -156,6 +157,8 @@ class Driver(Executor):
             self._end_calls("the executor was aborted")
 
     def _end_calls(self, why: str) -> None:
+        for call_id in list(self._held):
+            self._release(call_id)
         self._carry_out(self._window.fail(lambda call: ExecutorClosed(f"{why} [{call.method}, call {call.call_id}]")))
         if self._timer is not None:
             self._timer.cancel()
@@ -327,20 +330,30 @@ class Driver(Executor):
             rank=rank,
         )
 
-        def deliver() -> None:
-            self._carry_out(self._window.errored(rank, frame.call_id, frame.epoch, error))
-
+        decisions = self._window.errored(rank, frame.call_id, frame.epoch, error)
         if failure.in_collective:
             # the peer's death, which breaks a collective, is the cause to report; the kernel is about to tell of it
-            self._loop.call_later(_DEATH_LIMIT, deliver)
-        else:
-            deliver()
+            for decision in decisions:
+                if isinstance(decision, Fail) and decision.error is error:
+                    self._held[frame.call_id] = decision.call, error
+                    self._loop.call_later(_DEATH_LIMIT, self._release, frame.call_id)
+            decisions = [d for d in decisions if not (isinstance(d, Fail) and d.error is error)]
+        self._carry_out(decisions)
+
+    def _release(self, call_id: int) -> None:
+        """Nobody died: an error in a collective is what it seemed to be."""
+        call, error = self._held.pop(call_id, (None, None))
+        if call is not None and error is not None:
+            call.content.future.set_exception(error)
 
     def _fail(self, cause: AsyncExecError, error_for: Callable[[Call], AsyncExecError]) -> None:
         """The executor cannot go on: fail what is in flight, end the ranks, tell who asked to be told."""
         if self._failure is not None or self._aborted:
             return
         self._failure = cause
+        for call, _ in self._held.values():
+            call.content.future.set_exception(error_for(call))
+        self._held.clear()
         self._carry_out(self._window.fail(error_for))
         self._transport.abort()
         for callback in self._failure_callbacks:

@@ -104,7 +104,10 @@ class CallError(AsyncExecError):
 
 
 class PayloadError(CallError):
-    """Arguments or a result that cannot be encoded, cannot be decoded, or exceed the size limit."""
+    """Arguments that cannot be encoded or are too large, or a result that cannot be decoded.
+
+    A result that the rank cannot encode, or that is too large, is a `WorkerError` of that rank.
+    """
 
 
 class WorkerError(CallError):

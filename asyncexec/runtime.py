@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from asyncexec.codec import Codec, Payload
-from asyncexec.errors import ConfigError
+from asyncexec.errors import ConfigError, PayloadError
 from asyncexec.inspection import Activity
 from asyncexec.outputs import DeferredOutput, IntermediateTensors
 from asyncexec.pickling import loads
@@ -28,11 +28,13 @@ class WorkerSpec(NamedTuple):
         worker: "module:Class", or the class itself.
         kwargs: passed to the constructor after the context.
         fingerprint: of the driver's codec, which the rank's must equal.
+        max_frame_bytes: a result that is larger fails its call here, before the driver would refuse the frame.
     """
 
     worker: str | type
     kwargs: Mapping[str, Any]
     fingerprint: str
+    max_frame_bytes: int
 
 
 class RemoteFailure(msgspec.Struct, frozen=True, array_like=True):
@@ -101,6 +103,7 @@ class RankRuntime:
         self._worker: Any = None
         self._codec = Codec(object)
         self._step_method = -1
+        self._max_frame_bytes = 0
         self._replies = _ReplyQueue()
         self._activity = Activity()
 
@@ -129,6 +132,7 @@ class RankRuntime:
             spec: WorkerSpec = loads(frame.body, frame.buffers)
             worker_class = load_worker_class(spec.worker)
             self._codec = Codec(worker_class)
+            self._max_frame_bytes = spec.max_frame_bytes
             self._step_method = self._codec.method_number("execute_model")
             if self._codec.fingerprint != spec.fingerprint:
                 raise ConfigError(
@@ -188,6 +192,8 @@ class RankRuntime:
         reply = _answer(FrameKind.REPLY, frame, started)
         try:
             _, reply.body, reply.buffers = self._codec.encode_result(frame.method, value)
+            if reply.size > self._max_frame_bytes:
+                raise PayloadError(f"the result is {reply.size} bytes; max_frame_bytes is {self._max_frame_bytes}")
         except Exception as error:  # noqa: BLE001 - encoding runs code of the worker's author, which may raise anything
             return _error(frame, error, started)
         return reply

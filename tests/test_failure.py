@@ -201,6 +201,16 @@ async def test_reports_for_people(layout: Layout, world_size: int, caplog: pytes
     assert (process.returncode, errors.decode()) == (1, f"asyncexec report: process {os.getpid()} runs no executor\n")
 
 
+async def test_an_error_in_a_collective_is_not_lost_to_the_reply_of_a_later_step() -> None:
+    config = {"transport": "nccl", "max_concurrent_batches": 2}
+    async with create_executor(config, workers.SumWorker) as executor:
+        failing = asyncio.ensure_future(executor.collective_rpc("bad_collective"))
+        await asyncio.sleep(0)
+        assert await executor.execute_model(1) is None
+        with pytest.raises(WorkerError, match="TypeError"):
+            await failing
+
+
 def test_blame() -> None:
     def rank(number: int, state: Any = "running", waiting: str | None = None, call: int = 1) -> RankReport:
         return RankReport(number, state, "m", call, waiting_in=waiting)

@@ -3,7 +3,8 @@
 For each method of the worker class, arguments and result get one of two formats:
 
 - *typed*: every hint is made of msgspec structs, dataclasses and plain data.  Msgpack by encoders and decoders
-  that were compiled for these types.
+  that were compiled for these types.  The hint is the contract: of an instance of a subclass, the fields that the
+  hinted struct has are sent.
 - *pickled*: anything else.  Pickle protocol 5, functions and classes of `__main__` by value (cloudpickle).
 
 In both, the memory of tensors and NumPy arrays travels beside the message, and so do arguments and results that are
@@ -27,9 +28,6 @@ from asyncexec.outputs import DeferredOutput, IntermediateTensors
 from asyncexec.pickling import around_bytes, dumps, loads
 from asyncexec.tensors import array_from, array_parts, is_array_type, is_tensor_type, tensor_from, tensor_parts
 from asyncexec.wire import VERSION, Buffer
-
-_BY_RUNTIME = ("self", "intermediate")
-"""Parameters of `execute_model` that the rank fills in itself."""
 
 
 class Payload(NamedTuple):
@@ -59,7 +57,7 @@ class Codec:
     def __init__(self, worker_class: type) -> None:
         self._name = worker_class.__qualname__
         self._open_ended = hasattr(worker_class, "__getattr__")
-        methods = sorted(name for name, value in inspect.getmembers(worker_class, callable) if not name.startswith("_"))
+        methods = [name for name in sorted(dir(worker_class)) if _is_public_method(worker_class, name)]
         plans = [_MethodPlan.of(worker_class, name) for name in methods]
         self._plans: dict[int, _MethodPlan] = dict(enumerate(plans, start=1))
         self._numbers = {plan.name: number for number, plan in self._plans.items()}
@@ -102,7 +100,7 @@ class Codec:
         return Call(target, args, kwargs)
 
     def encode_result(self, method: int, value: Any) -> Payload:
-        """Encode what a method returned; TypeError where it is not what the return hint says."""
+        """Encode what a method returned; TypeError where it cannot be."""
         return Payload(method, *self._result(method).encode((value,), {}))
 
     def decode_result(self, payload: Payload) -> Any:
@@ -114,6 +112,11 @@ class Codec:
         return _PICKLED if plan is None else plan.result
 
 
+def _is_public_method(worker_class: type, name: str) -> bool:
+    value = inspect.getattr_static(worker_class, name, None)  # without running descriptors, which may raise
+    return not name.startswith("_") and (callable(value) or isinstance(value, staticmethod | classmethod))
+
+
 class _MethodPlan(NamedTuple):
     name: str
     arguments: "_Format"
@@ -122,25 +125,42 @@ class _MethodPlan(NamedTuple):
 
     @classmethod
     def of(cls, worker_class: type, name: str) -> "_MethodPlan":
-        function = inspect.getattr_static(worker_class, name)
-        function = getattr(function, "__func__", function)
+        static = inspect.getattr_static(worker_class, name)
+        function = getattr(static, "__func__", static)
         try:
-            parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in _BY_RUNTIME]
-            hints = typing.get_type_hints(function)
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):
+            return cls(name, _PICKLED, _PICKLED, f"{name}: unknown signature")
+        if not isinstance(static, staticmethod):
+            parameters = parameters[1:]
+        if name == "execute_model":
+            _require_step_parameters(worker_class, parameters)
+            parameters = parameters[:1]  # the rank itself adds the intermediate tensors
+        try:
+            hints = typing.get_type_hints(function, include_extras=True)
             if any(isinstance(hint, str) for hint in function.__annotations__.values()):
                 # a copy that travels by value could not resolve these names any more
                 function.__annotations__ = hints
+            arguments = _arguments_format(name, parameters, hints)
+            hint = _result_hint(hints.get("return", Any))
+            result = _result_format(hint)
         except (NameError, TypeError, ValueError, AttributeError):
-            # hints that exist for type checkers alone cannot be resolved here; neither side can, so both pickle
-            return cls(name, _PICKLED, _PICKLED, f"{name}: unresolved hints")
-        result = _result_hint(hints.get("return", Any))
-        described = ", ".join(f"{p.name}: {hints.get(p.name, Any)!r}" for p in parameters)
-        return cls(
-            name,
-            _arguments_format(name, parameters, hints),
-            _result_format(result),
-            f"{name}({described}) -> {result!r}",
+            # hints for type checkers alone, or that are no types; they are so on both sides, and both pickle
+            return cls(name, _PICKLED, _PICKLED, f"{name}: pickled")
+        described = (
+            ", ".join(f"{p.name}: {hints[p.name]!r}" for p in parameters) if arguments.kind == "typed" else "pickled"
         )
+        return cls(name, arguments, result, f"{name}({described}) -> {hint if result.kind == 'typed' else 'pickled'}")
+
+
+def _require_step_parameters(worker_class: type, parameters: list[inspect.Parameter]) -> None:
+    try:
+        inspect.Signature(parameters).bind(None, None)
+    except TypeError as error:
+        raise ConfigError(
+            f"{worker_class.__qualname__}.execute_model cannot be called with a scheduler output and the intermediate "
+            f"tensors: {error}"
+        ) from error
 
 
 def _arguments_format(name: str, parameters: Sequence[inspect.Parameter], hints: Mapping[str, Any]) -> "_Format":
@@ -224,7 +244,7 @@ class _Typed(_Format):
             name = self._fields[index]
             value = getattr(values, name)
             if value is not None:
-                setattr(values, name, _Blob(value))
+                setattr(values, name, _Blob(_contiguous(value)))
         buffers: list[Buffer] = []
         self._memory.buffers = buffers
         return self._encoder.encode(values), buffers
@@ -264,6 +284,12 @@ class _Typed(_Format):
         dtype, shape, index = value
         make = tensor_from if is_tensor_type(kind) else array_from
         return make(dtype, shape, buffers[index])
+
+
+def _contiguous(value: Any) -> Buffer:
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise TypeError(f"{type(value).__qualname__} is not what the type hint says: bytes, bytearray or memoryview")
+    return bytes(value) if isinstance(value, memoryview) and not value.c_contiguous else value
 
 
 class _Blob:

@@ -18,14 +18,24 @@ AsyncExecError
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asyncexec.inspection import Report
 
 
 class AsyncExecError(Exception):
-    """The root of the tree."""
+    """The root of the tree.  Errors survive pickling and copying with all their attributes."""
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[AsyncExecError], args: tuple[Any, ...], attributes: dict[str, Any]) -> AsyncExecError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(AsyncExecError, ValueError):

@@ -94,7 +94,10 @@ class StepFuture(Generic[T]):
         event loop's own thread would wait for ever.
         """
         view: ConcurrentFuture[T] = ConcurrentFuture()
-        self._loop.call_soon_threadsafe(self._attach, view)
+        if self._done:
+            self._pass_on(view)
+        else:
+            self._loop.call_soon_threadsafe(self._attach, view)
         return view
 
     def set_result(self, result: T, measure: Callable[[], StepTiming] | None = None) -> None:

@@ -3,12 +3,13 @@
 Asking works while the rank's main thread is busy or stuck, as long as it does not hold the interpreter's lock.
 """
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Literal
 
@@ -128,20 +129,26 @@ class Activity:
         self._since = self._progressed = time.monotonic_ns()
         self._progress += 1
 
-    def transfer(self, name: str | None) -> None:
-        """The main thread enters a pipeline transfer, or leaves it (None)."""
+    @contextlib.contextmanager
+    def transfer(self, name: str) -> Iterator[None]:
+        """The main thread is in a pipeline transfer."""
         self._transfer = name
         self.mark()
+        try:
+            yield
+        finally:
+            self._transfer = None
+            self.mark()
 
     def mark(self) -> None:
         """Something got done."""
         self._progress += 1
         self._progressed = time.monotonic_ns()
 
-    def report(self, rank: int) -> RankReport:
-        """What the rank is doing, with the stacks of all threads of its process."""
+    def report(self, rank: int, *, deferred: bool = False) -> RankReport:
+        """What the rank is doing, with the stacks of all threads of its process; `deferred`: it still owes outputs."""
         now = time.monotonic_ns()
-        running = self._running
+        running = self._running or deferred
         return RankReport(
             rank,
             "running" if running else "idle",
@@ -167,7 +174,10 @@ def _collective(frame: FrameType | None) -> str | None:
 
 
 def _stacks() -> str:
-    descriptor = os.memfd_create("asyncexec-stacks")
+    try:
+        descriptor = os.memfd_create("asyncexec-stacks")
+    except OSError as error:
+        return f"no stacks: {error}"
     with os.fdopen(descriptor, "r+", errors="replace") as file:
         faulthandler.dump_traceback(file=file, all_threads=True)
         file.seek(0)

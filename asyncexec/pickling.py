@@ -13,6 +13,8 @@ import pickle
 import sys
 import types
 import typing
+import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,10 +96,13 @@ def _struct_parts(kind: type[msgspec.Struct]) -> tuple[Any, ...]:
     options["rename"] = {field.name: field.encode_name for field in own}
     options["kw_only"] = all(parameters[field.name].kind is inspect.Parameter.KEYWORD_ONLY for field in own)
     fields = [(field.name, hints[field.name], field.default, field.default_factory) for field in own]
-    return kind.__name__, kind.__module__, kind.__qualname__, kind.__bases__, fields, members, options
+    identity = _identities.setdefault(kind, uuid.uuid4().hex)
+    _known.setdefault(identity, kind)
+    return identity, kind.__name__, kind.__module__, kind.__qualname__, kind.__bases__, fields, members, options
 
 
 def _struct(
+    identity: str,
     name: str,
     module: str,
     qualname: str,
@@ -106,11 +111,19 @@ def _struct(
     members: dict[str, Any],
     options: Mapping[str, Any],
 ) -> type[msgspec.Struct]:
+    if identity in _known:
+        return _known[identity]  # it came here before, or came from here
     make_field: Any = msgspec.field  # whose overloads do not allow for both defaults to be given
     specs = [(field, hint, make_field(default=default, default_factory=make)) for field, hint, default, make in fields]
     made = msgspec.defstruct(name, specs, bases=bases, module=module, namespace=members, **options)
     made.__qualname__ = qualname
-    return made
+    _identities[made] = identity
+    return _known.setdefault(identity, made)
+
+
+_identities: "weakref.WeakKeyDictionary[type[msgspec.Struct], str]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakValueDictionary[str, type[msgspec.Struct]]" = weakref.WeakValueDictionary()
+"""Classes that travelled by value: the same class must not become another one with each message."""
 
 
 def _is_written_by_hand(name: str, value: Any) -> bool:

@@ -59,8 +59,12 @@ class RemoteFailure(msgspec.Struct, frozen=True, array_like=True):
         name = type(error).__qualname__ if module == "builtins" else f"{module}.{type(error).__qualname__}"
         frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
         in_collective = any(module.startswith("torch.distributed") for module in frames)
-        printed = "".join(traceback.format_exception(error))
-        return cls(name, _encodable(str(error)), _encodable(printed), in_collective)
+        try:
+            message, printed = str(error), "".join(traceback.format_exception(error))
+        except Exception as failing:  # noqa: BLE001 - the exception's own __str__ raised: tell what can be told
+            message = f"its message cannot be had: {type(failing).__name__}"
+            printed = "".join(traceback.format_tb(error.__traceback__))
+        return cls(name, _encodable(message), _encodable(printed), in_collective)
 
 
 def _encodable(text: str) -> str:
@@ -110,7 +114,7 @@ class RankRuntime:
     def serve(self) -> None:
         """Take frames until STOP or the end of the stream, then let the worker and the link end."""
         self._activity = Activity()
-        self._link.answer_inspections(lambda: msgspec.msgpack.encode(self._activity.report(self._context.rank)))
+        self._link.answer_inspections(self._describe)
         try:
             while (frame := self._link.receive()) is not None and frame.kind is not FrameKind.STOP:
                 if frame.kind is FrameKind.START:
@@ -124,6 +128,9 @@ class RankRuntime:
                     shutdown()
             finally:
                 self._link.leave()
+
+    def _describe(self) -> bytes:
+        return msgspec.msgpack.encode(self._activity.report(self._context.rank, deferred=self._replies.busy))
 
     def _start(self, frame: Frame) -> None:
         started = time.monotonic_ns()
@@ -141,12 +148,11 @@ class RankRuntime:
                 )
             self._context = dataclasses.replace(self._link.join(), mark_progress=self._activity.mark)
             self._worker = worker_class(self._context, **spec.kwargs)
+            reply = self._result(frame, None, started)
         except Exception as error:  # noqa: BLE001 - every failure to start is the driver's to hear of
-            self._send(_error(frame, error, started))
-        else:
-            self._link.send(self._result(frame, None, started))
-        finally:
-            self._activity.end()
+            reply = _error(frame, error, started)
+        self._activity.end()
+        self._send(reply)
 
     def _call(self, frame: Frame) -> None:
         started = time.monotonic_ns()
@@ -162,19 +168,20 @@ class RankRuntime:
             else:
                 output = getattr(self._worker, call.target)(*call.args, **call.kwargs)
         except _EarlierStageFailed:
-            if self._wanted(frame):
-                self._send(_answer(FrameKind.SKIPPED, frame, started))
+            reply = _answer(FrameKind.SKIPPED, frame, started) if self._wanted(frame) else None
         except Exception as error:  # noqa: BLE001 - the worker's errors are the caller's to hear of
-            self._send(_error(frame, error, started))
+            reply = _error(frame, error, started)
         else:
             if isinstance(output, DeferredOutput):
                 self._replies.defer(lambda: self._resolve(frame, output, started))
-            elif self._wanted(frame):
-                self._send(self._result(frame, output, started))
-        finally:
-            self._activity.end()
-            if stage is not None:
-                stage.release_next()
+                reply = None
+            else:
+                reply = self._result(frame, output, started) if self._wanted(frame) else None
+        self._activity.end()  # before the reply: who has it may ask at once what the rank is doing
+        if reply is not None:
+            self._send(reply)
+        if stage is not None:
+            stage.release_next()
 
     def _wanted(self, frame: Frame) -> bool:
         return frame.reply_to in (ALL_RANKS, self._context.rank)
@@ -182,7 +189,7 @@ class RankRuntime:
     def _resolve(self, frame: Frame, output: DeferredOutput[Any], started: int) -> None:
         try:
             value = output.wait()
-        except Exception as error:  # noqa: BLE001 - as in _call
+        except BaseException as error:  # noqa: BLE001 - on this thread SystemExit would end nothing but later replies
             self._link.send(_error(frame, error, started))
         else:
             if self._wanted(frame):
@@ -192,8 +199,8 @@ class RankRuntime:
         reply = _answer(FrameKind.REPLY, frame, started)
         try:
             _, reply.body, reply.buffers = self._codec.encode_result(frame.method, value)
-            if reply.size > self._max_frame_bytes:
-                raise PayloadError(f"the result is {reply.size} bytes; max_frame_bytes is {self._max_frame_bytes}")
+            if refusal := reply.refusal(self._max_frame_bytes):
+                raise PayloadError(f"the results {refusal}")
         except Exception as error:  # noqa: BLE001 - encoding runs code of the worker's author, which may raise anything
             return _error(frame, error, started)
         return reply
@@ -210,7 +217,7 @@ def _answer(kind: FrameKind, frame: Frame, started: int) -> Frame:
     return Frame(kind, frame.call_id, frame.epoch, frame.method, frame.reply_to, started, time.monotonic_ns())
 
 
-def _error(frame: Frame, error: Exception, started: int) -> Frame:
+def _error(frame: Frame, error: BaseException, started: int) -> Frame:
     reply = _answer(FrameKind.ERROR, frame, started)
     reply.body = msgspec.msgpack.encode(RemoteFailure.of(error))
     return reply
@@ -233,9 +240,8 @@ class _Stage:
     def run(self, execute_model: Callable[[Any, Any], Any], scheduler_output: Any) -> Any:
         intermediate = None
         if not self._context.is_first_stage:
-            self._activity.transfer("receive_intermediate, from the previous pipeline stage")
-            tensors = self._link.receive_intermediate(self._call_id)
-            self._activity.transfer(None)
+            with self._activity.transfer("receive_intermediate, from the previous pipeline stage"):
+                tensors = self._link.receive_intermediate(self._call_id)
             if tensors is None:
                 raise _EarlierStageFailed
             intermediate = IntermediateTensors[Any](tensors)
@@ -247,9 +253,8 @@ class _Stage:
                 f"execute_model of pipeline stage {self._context.pipeline_parallel_rank} returned "
                 f"{type(output).__qualname__}; every stage but the last returns IntermediateTensors"
             )
-        self._activity.transfer("send_intermediate, to the next pipeline stage")
-        self._link.send_intermediate(self._call_id, output.tensors)
-        self._activity.transfer(None)
+        with self._activity.transfer("send_intermediate, to the next pipeline stage"):
+            self._link.send_intermediate(self._call_id, output.tensors)
         self._next_waits = False
         return output.output
 

@@ -57,7 +57,7 @@ def is_array_type(kind: type) -> bool:
 def tensor_parts(tensor: Any) -> tuple[str, list[int], Buffer]:
     """A tensor's dtype by name, its shape, and its memory on the CPU."""
     torch = importlib.import_module("torch")
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape), memoryview(flat.numpy())
 
 

@@ -87,6 +87,17 @@ class Frame(msgspec.Struct, eq=False):
         """Bytes of body and buffers together."""
         return len(self.body) + sum(memoryview(buffer).nbytes for buffer in self.buffers)
 
+    def refusal(self, max_frame_bytes: int) -> str | None:
+        """Why the other side would refuse this frame, by its size or its number of buffers; None if it would not."""
+        size = self.size + 8 * len(self.buffers)
+        if size > max_frame_bytes:
+            return f"are {size} bytes; max_frame_bytes is {max_frame_bytes}"
+        if len(self.buffers) > MAX_BUFFERS:
+            return f"have {len(self.buffers)} arrays, tensors or byte strings; at most {MAX_BUFFERS} are allowed"
+        if len(self.body) >= 1 << 32:
+            return f"have {len(self.body)} bytes beside arrays and tensors; at most {(1 << 32) - 1} are allowed"
+        return None
+
     def pack(self) -> list[Buffer]:
         """The frame as pieces to write one after the other: one for header, body and lengths, then each buffer."""
         header = _HEADER.pack(

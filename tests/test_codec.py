@@ -1,5 +1,7 @@
 """What travels how: decided by the type hints, equal on both ends, and nothing is lost."""
 
+import copy
+import pickle
 from typing import Any
 
 import msgspec
@@ -8,7 +10,16 @@ import pytest
 import torch
 import workers
 
-from asyncexec import ConfigError, DeferredOutput, IntermediateTensors, RankContext
+from asyncexec import (
+    ConfigError,
+    DeferredOutput,
+    ExecutorFailed,
+    IntermediateTensors,
+    RankContext,
+    StepTimeout,
+    WorkerDied,
+    WorkerError,
+)
 from asyncexec.codec import Codec, Payload
 from asyncexec.pickling import dumps, loads
 
@@ -170,7 +181,7 @@ def test_what_cannot_be_sent_is_said(codec: Codec) -> None:
         codec.encode_call("execute_model", (Batch([1], torch.ones(1), np.array([None])),), {})
 
 
-def test_structs_of_main_travel_by_value() -> None:
+def test_structs_of_main_travel_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """cloudpickle alone would lose their fields."""
     namespace: dict[str, Any] = {"__name__": "__main__", "msgspec": msgspec}
     source = """
@@ -184,14 +195,19 @@ class Outer(msgspec.Struct, tag=True):
     exec(source, namespace)
     outer = namespace["Outer"](namespace["Inner"](some_value=4))
     message, buffers = dumps((namespace["Outer"], outer))
-    kind, copy = loads(message, buffers)
+    assert loads(message, buffers) == (namespace["Outer"], outer), "where it came from, it is the class that it was"
+    monkeypatch.setattr("asyncexec.pickling._known", {})  # as in another process
+    kind, received = loads(message, buffers)
     assert kind is not namespace["Outer"]
-    assert isinstance(copy, kind)
-    assert copy.inner.doubled() == 8
+    assert loads(message, buffers)[0] is kind, "the same class with every message"
+    assert isinstance(received, kind)
+    assert received.inner.doubled() == 8
     assert (
-        msgspec.json.encode(copy) == msgspec.json.encode(outer) == b'{"type":"Outer","inner":{"someValue":4,"more":[]}}'
+        msgspec.json.encode(received)
+        == msgspec.json.encode(outer)
+        == b'{"type":"Outer","inner":{"someValue":4,"more":[]}}'
     )
-    assert msgspec.json.decode(msgspec.json.encode(outer), type=kind) == copy
+    assert msgspec.json.decode(msgspec.json.encode(outer), type=kind) == received
 
 
 def test_a_worker_that_answers_any_name() -> None:
@@ -204,3 +220,51 @@ def test_a_worker_that_answers_any_name() -> None:
 
     received = Codec(Wrapper).decode_call(travel(Codec(Wrapper).encode_call("greet", ("you",), {"loud": True})))
     assert received == ("greet", ["you"], {"loud": True})
+
+
+def test_hints_that_are_no_types_are_pickled() -> None:
+    class Loose:
+        def execute_model(self, scheduler_output: any, tensors=None, extra: int = 1) -> np.array:  # type: ignore
+            raise NotImplementedError
+
+        def take(self, intermediate: int, x: torch.tensor = None) -> any:  # type: ignore
+            raise NotImplementedError
+
+        @property
+        def raising(self) -> int:
+            raise RuntimeError("not to be run")
+
+    codec = Codec(Loose)
+    assert codec.formats == {"execute_model": ("pickled", "pickled"), "take": ("pickled", "pickled")}
+    assert codec.fingerprint == Codec(Loose).fingerprint
+    assert call(codec, "take", 5) == ([5], {})
+
+
+def test_a_worker_whose_step_takes_too_little_is_refused() -> None:
+    class Short:
+        def execute_model(self, scheduler_output: int) -> int:
+            raise NotImplementedError
+
+    with pytest.raises(ConfigError, match=r"Short\.execute_model cannot be called"):
+        Codec(Short)
+
+
+def test_byte_strings_are_checked_where_they_are_sent(codec: Codec) -> None:
+    with pytest.raises(TypeError, match="str is not what the type hint says"):
+        codec.encode_call("blob", ("text",), {})
+    assert call(codec, "blob", memoryview(b"abcdef")[::2]) == ([b"ace", None], {})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        WorkerError("ValueError", "no", "Traceback", method="m", call_id=3, rank=1),
+        StepTimeout("late", timeout=1.0, waiting_for=[0], method="m"),
+        ExecutorFailed(WorkerDied("died", pid=4, signal="SIGKILL", rank=0)),
+    ],
+)
+def test_errors_survive_pickling_and_copying(error: Exception) -> None:
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert {k: str(v) for k, v in vars(again).items()} == {k: str(v) for k, v in vars(error).items()}

@@ -205,7 +205,7 @@ async def test_what_cannot_be_sent_fails_alone(layout: Layout) -> None:
             executor.execute_model(np.zeros(200_000, np.uint8))
         with pytest.raises(WorkerError, match="lock"):
             await executor.collective_rpc("unpicklable")
-        with pytest.raises(WorkerError, match=r"the result is 1[0-9]{5} bytes; max_frame_bytes is 100000"):
+        with pytest.raises(WorkerError, match=r"the results are 1[0-9]{5} bytes; max_frame_bytes is 100000"):
             await executor.collective_rpc("double_bytes", (b"x" * 60_000,))
         with pytest.raises(ConfigError, match="no method 'nothing'"):
             await executor.collective_rpc("nothing")

@@ -1,8 +1,10 @@
 """The one implementation of `Executor`, over any transport: window, codec, deadlines and aggregation put together."""
 
 import asyncio
+import collections
 import enum
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +31,7 @@ from asyncexec.executor import Executor
 from asyncexec.future import StepFuture
 from asyncexec.inspection import Report
 from asyncexec.pickling import dumps
-from asyncexec.registry import load_transport
+from asyncexec.registry import load_transport, transport_names
 from asyncexec.reporting import Reporter
 from asyncexec.runtime import RemoteFailure, WorkerSpec, load_worker_class
 from asyncexec.submission import Reply, Submission
@@ -37,6 +39,8 @@ from asyncexec.supervision import inspect_ranks, require_health
 from asyncexec.transport import RankLoss, Transport
 from asyncexec.window import Call, Complete, Counters, Decision, Fail, Send, Window
 from asyncexec.wire import ALL_RANKS, Frame, FrameKind
+
+logger = logging.getLogger("asyncexec")
 
 _ALL = AllRanks()
 
@@ -88,11 +92,18 @@ class Driver(Executor):
         transport: type[Transport] | None = None,
     ) -> None:
         self._config = config
-        self._codec = Codec(load_worker_class(worker))
-        self._spec = WorkerSpec(worker, dict(worker_kwargs), self._codec.fingerprint, config.max_frame_bytes)
+        worker_class = load_worker_class(worker)
+        self._codec = Codec(worker_class)
+        # a rank has another __main__: from there the class itself travels
+        by_value = worker_class.__module__ == "__main__"
+        self._spec = WorkerSpec(
+            worker_class if by_value else worker, dict(worker_kwargs), self._codec.fingerprint, config.max_frame_bytes
+        )
         self._aggregator = aggregator or make_aggregator(config.aggregator)
         self._window = Window(config.world_size, config.max_concurrent_batches, config.max_queued_steps)
-        transport = transport or load_transport(config.transport)
+        if transport is None:
+            transport = load_transport(config.transport)
+            _refuse_unknown_tables(config)
         options = convert(
             config.options.get(config.transport, {}), transport.Options, where=f"options.{config.transport}: "
         )
@@ -101,7 +112,11 @@ class Driver(Executor):
         self._rank_free = [0] * config.world_size
         self._state = _State.NEW
         self._aborted = False
-        self._closing = anyio.Lock()
+        self._opened = False
+        self._closing: asyncio.Task[None] | None = None
+        self._decisions: collections.deque[Decision] = collections.deque()
+        self._carrying_out = False
+        self._failed_calls: collections.deque[tuple[int, int]] = collections.deque(maxlen=256)
         self._changed: anyio.Event | None = None
         self._timer: asyncio.Handle | None = None
         self._timer_at = 0.0
@@ -123,31 +138,52 @@ class Driver(Executor):
         try:
             with anyio.move_on_after(limit) as scope:
                 await self._transport.open()
+                self._opened = True
+                self._check_starting()
                 await self._submit(self._start_frame(), "start", self._ranks, _ALL, limit)
+                self._check_starting()
                 await self._reporter.open()
+                self._check_starting()
             if scope.cancelled_caught:
                 raise StepTimeout(f"not started after {limit:g} s", timeout=limit, waiting_for=(), method="start")
         except BaseException as error:
             self.abort()
             await self.aclose()
+            await self._reporter.close()  # once more: it may have been opened behind an aclose
             if isinstance(error, WorkerError):
                 raise WorkerStartError.of(error) from None
             raise
         self._state = _State.RUNNING
 
+    def _check_starting(self) -> None:
+        """After each await of `start`: meanwhile somebody may have closed the executor, or a rank been lost."""
+        if self._failure is not None:
+            raise self._failure
+        if self._state is not _State.STARTING:
+            raise ExecutorClosed("the executor was closed while it was starting")
+
     async def aclose(self) -> None:
-        with anyio.CancelScope(shield=True):  # bounded by the three limits
-            async with self._closing:
-                if self._state is _State.RUNNING:
-                    self._state = _State.CLOSING
-                    with anyio.move_on_after(self._config.timeouts.drain):
-                        await self._until(lambda: not self._window.in_flight + self._window.queued)
-                if self._state not in (_State.NEW, _State.CLOSED):
-                    await self._reporter.close()
-                    await self._transport.close()
-                    await asyncio.gather(*self._explaining)
-                    self._end_calls("the executor was closed before the call was done")
-                self._state = _State.CLOSED
+        if self._state in (_State.NEW, _State.CLOSED):
+            self._state = _State.CLOSED
+            return
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._close())
+        await _outlast(self._closing)
+
+    async def _close(self) -> None:
+        """End everything.  A task of its own: who awaits it may be cancelled, the ranks end all the same."""
+        if self._state is _State.RUNNING:
+            self._state = _State.CLOSING
+            with anyio.move_on_after(self._config.timeouts.drain):
+                await self._until(lambda: not self._window.in_flight + self._window.queued)
+        self._state = _State.CLOSING
+        try:
+            await self._reporter.close()
+        finally:
+            await self._transport.close()
+            await asyncio.gather(*self._explaining)
+            self._end_calls("the executor was closed before the call was done")
+            self._state = _State.CLOSED
 
     def abort(self) -> None:
         if self._state not in (_State.NEW, _State.CLOSED):
@@ -203,6 +239,12 @@ class Driver(Executor):
         targets = self._ranks if ranks is None else tuple(ranks)
         if not targets or not set(targets) <= set(self._ranks) or len(set(targets)) < len(targets):
             raise ConfigError(f"ranks is {list(targets)}; valid: some of {list(self._ranks)}, each once")
+        if method == "execute_model" and len(targets) < len(self._ranks) and self._config.pipeline_parallel_size > 1:
+            raise ConfigError("execute_model needs the ranks of every pipeline stage; valid: ranks=None")
+        if not isinstance(method, str) and not callable(method):
+            raise ConfigError(f"method is {method!r}; valid: the name of a method, or a callable")
+        if aggregate is not None and not isinstance(aggregate, Aggregator):
+            raise ConfigError(f"aggregate is {aggregate!r}; valid: an object with `needs_all_ranks` and `aggregate`")
         name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
         limit = self._config.timeouts.for_method(name, step=False) if timeout is None else timeout
         submitted = time.monotonic_ns()
@@ -246,11 +288,8 @@ class Driver(Executor):
         submitted: int = 0,
     ) -> StepFuture[Any]:
         """Give a call to the window.  Raises PayloadError where it is too large, ExecutorBusy where it must wait."""
-        if frame.size > self._config.max_frame_bytes:
-            raise PayloadError(
-                f"the arguments are {frame.size} bytes; max_frame_bytes is {self._config.max_frame_bytes}",
-                method=method,
-            )
+        if refusal := frame.refusal(self._config.max_frame_bytes):
+            raise PayloadError(f"the arguments {refusal}", method=method)
         output_rank = self._config.output_rank if self._config.output_rank in ranks else ranks[0]
         wanted = ranks if aggregator.needs_all_ranks else (output_rank,)
         frame.reply_to = ALL_RANKS if aggregator.needs_all_ranks else output_rank
@@ -281,6 +320,8 @@ class Driver(Executor):
         return self._window.counters
 
     async def report(self) -> Report:
+        if not self._opened:
+            raise ExecutorClosed(f"the executor {self._state.value}: it has no ranks to report of")
         return await inspect_ranks(self._transport, self._ranks, self._config.timeouts.report)
 
     async def _report_text(self) -> str:
@@ -320,24 +361,28 @@ class Driver(Executor):
 
     def _rank_raised(self, rank: int, frame: Frame) -> None:
         failure = msgspec.msgpack.decode(frame.body, type=RemoteFailure)
+        call = self._window.find(frame.call_id, frame.epoch)
         error = WorkerError(
             failure.type,
             failure.message,
             failure.traceback,
-            method=self._codec.method_name(frame.method) or "a callable",
+            method=call.method if call else self._codec.method_name(frame.method) or "a callable",
             call_id=frame.call_id,
             epoch=frame.epoch,
             rank=rank,
         )
-
+        if call is None and (frame.epoch, frame.call_id) not in self._failed_calls:
+            # the call needed the output of other ranks alone, and has completed with it
+            logger.warning("rank %d failed in a call that was complete without it: %s", rank, error)
         decisions = self._window.errored(rank, frame.call_id, frame.epoch, error)
         if failure.in_collective:
             # the peer's death, which breaks a collective, is the cause to report; the kernel is about to tell of it
-            for decision in decisions:
-                if isinstance(decision, Fail) and decision.error is error:
-                    self._held[frame.call_id] = decision.call, error
-                    self._loop.call_later(_DEATH_LIMIT, self._release, frame.call_id)
-            decisions = [d for d in decisions if not (isinstance(d, Fail) and d.error is error)]
+            held = [decision for decision in decisions if isinstance(decision, Fail) and decision.error is error]
+            for decision in held:
+                self._held[frame.call_id] = decision.call, error
+                self._failed_calls.append((frame.epoch, frame.call_id))
+                self._loop.call_later(_DEATH_LIMIT, self._release, frame.call_id)
+            decisions = [decision for decision in decisions if decision not in held]
         self._carry_out(decisions)
 
     def _release(self, call_id: int) -> None:
@@ -378,21 +423,34 @@ class Driver(Executor):
             future.set_exception(error)
 
     def _carry_out(self, decisions: Sequence[Decision]) -> None:
-        for decision in decisions:
-            submission: Submission = decision.call.content
-            if isinstance(decision, Send):
-                submission.send_began = time.monotonic_ns()
-                self._transport.send(submission.frame, decision.call.ranks)
-                submission.send_ended = time.monotonic_ns()
-            elif isinstance(decision, Complete):
-                submission.complete(decision.call, self._codec)
-            elif isinstance(decision.error, StepTimeout):
-                self._time_out(submission.future, decision.error)
-            else:
-                submission.future.set_exception(decision.error)
+        """Carry out decisions in order, also where carrying out one of them brings about more."""
+        self._decisions.extend(decisions)
+        if self._carrying_out:
+            return
+        self._carrying_out = True
+        try:
+            while self._decisions:
+                self._carry_out_one(self._decisions.popleft())
+        finally:
+            self._carrying_out = False
         if self._changed is not None:
             self._changed.set()
             self._changed = None
+
+    def _carry_out_one(self, decision: Decision) -> None:
+        submission: Submission = decision.call.content
+        if isinstance(decision, Send):
+            submission.send_began = time.monotonic_ns()
+            self._transport.send(submission.frame, decision.call.ranks)
+            submission.send_ended = time.monotonic_ns()
+        elif isinstance(decision, Complete):
+            submission.complete(decision.call, self._codec)
+        else:
+            self._failed_calls.append((decision.call.epoch, decision.call.call_id))
+            if isinstance(decision.error, StepTimeout):
+                self._time_out(submission.future, decision.error)
+            else:
+                submission.future.set_exception(decision.error)
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         """Wait for something that only `_carry_out` can make true."""
@@ -421,6 +479,27 @@ class Driver(Executor):
             raise ExecutorClosed(f"the executor {self._state.value}")
         if threading.get_ident() != self._thread:
             raise RuntimeError("executors belong to the thread of their event loop; use loop.call_soon_threadsafe")
+
+
+def _refuse_unknown_tables(config: ExecutorConfig) -> None:
+    installed = transport_names()
+    for name in config.options:
+        if name not in installed:
+            raise ConfigError(f"options.{name}: there is no such transport; installed: {', '.join(installed)}")
+
+
+async def _outlast(task: asyncio.Task[None]) -> None:
+    """Wait for a task that is bounded, also if cancelled meanwhile; the cancellation comes after it."""
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    task.result()
 
 
 def _worker_died(rank: int, loss: RankLoss, last_call: str, call: Call | None = None) -> WorkerDied:

@@ -44,7 +44,8 @@ class Executor(abc.ABC):
     async def aclose(self) -> None:
         """Accept no more calls, let those in flight finish within `timeouts.drain`, and end the ranks.
 
-        Bounded by `timeouts.drain`, `stop` and `terminate` together.  May be called again, and at any time.
+        Bounded by `timeouts.drain`, `stop` and `terminate` together, and the moment that the kernel needs for SIGKILL.
+        May be called again, and at any time.  A cancellation meanwhile is raised once the ranks have ended.
         """
 
     @abc.abstractmethod

@@ -45,6 +45,11 @@ def list_transports() -> list[TransportInfo]:
     return [_describe(entry_point) for entry_point in _installed().values()]
 
 
+def transport_names() -> list[str]:
+    """The names of the installed transports, usable or not."""
+    return list(_installed())
+
+
 def _installed() -> dict[str, EntryPoint]:
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
 

@@ -1,14 +1,14 @@
 """Reports of running executors for people: from another terminal, or into the log on SIGUSR1.
 
-Each executor listens on a Unix socket in the abstract namespace, `@asyncexec-<pid>-<number>`: there is no file that
+Each executor listens on a Unix socket in the abstract namespace, `@asyncexec-<pid>-<random>`: there is no file that
 could be left behind.  Whoever connects gets one report as text, if the kernel says that it is the same user or root.
 """
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
+import secrets
 import signal
 import socket
 import struct
@@ -24,7 +24,6 @@ logger = logging.getLogger("asyncexec")
 
 _PREFIX = "asyncexec-"
 _PEER = struct.Struct("3i")  # pid, uid, gid: struct ucred of unix(7)
-_numbers = itertools.count(1)
 
 
 class Reporter:
@@ -38,23 +37,27 @@ class Reporter:
         self._report = report
         self._server: asyncio.Server | None = None
         self._busy: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
 
     async def open(self) -> None:
         """Listen, and answer SIGUSR1 unless the program handles it itself."""
         self._loop = asyncio.get_running_loop()
         if hasattr(socket, "SO_PEERCRED"):
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.bind(f"\0{_PREFIX}{os.getpid()}-{next(_numbers)}")
+            # the random part: abstract names are shared by containers that share the network, process numbers are not
+            listener.bind(f"\0{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
             self._server = await asyncio.start_unix_server(self._answer, sock=listener)
         _on_signal(self)
 
     async def close(self) -> None:
-        """Stop listening, and finish what is being written."""
+        """Stop listening, and drop what is being written."""
         _reporters.discard(self)
         if self._server is not None:
             self._server.close()
-            await asyncio.gather(*self._busy)
-            await self._server.wait_closed()
+            for writer in self._writers:
+                writer.transport.abort()  # a reader that does not read must not hold up the executor's end
+        for task in self._busy:
+            task.cancel()
 
     def log_soon(self) -> None:
         """Have a report logged; may be called anywhere, a signal handler included."""
@@ -62,6 +65,7 @@ class Reporter:
             self._loop.call_soon_threadsafe(self._own, self._log)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
         connection: socket.socket = writer.get_extra_info("socket")
         _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         try:
@@ -71,6 +75,7 @@ class Reporter:
         except ConnectionError:
             pass  # who asked has left
         finally:
+            self._writers.discard(writer)
             writer.close()
 
     async def _log(self) -> None:

@@ -20,8 +20,8 @@ async def inspect_ranks(transport: Transport, ranks: Sequence[int], limit: float
         try:
             with anyio.move_on_after(limit):
                 reports[rank] = msgspec.msgpack.decode(await transport.inspect(rank), type=RankReport)
-        except ConnectionError:
-            pass  # it is gone, which the kernel knows more of
+        except (ConnectionError, msgspec.DecodeError):
+            pass  # it is gone, or could not say: the kernel knows something
         if rank not in reports:
             reports[rank] = _from_kernel(rank, transport.kernel_state(rank))
 

@@ -152,6 +152,10 @@ class Window:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
+    def find(self, call_id: int, epoch: int) -> Call | None:
+        """The call of this number that is not done; None where there is none."""
+        return self._open.get(call_id) if epoch == self.epoch else None
+
     def last_sent(self, rank: int) -> Call | None:
         """The latest call that was sent to `rank` and is not done; None where there is none."""
         sent = (call for call in self._open.values() if call.state is CallState.SENT and rank in call.ranks)

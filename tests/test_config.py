@@ -80,6 +80,7 @@ def test_the_source_is_named(tmp_path: Path) -> None:
         ({"transport": "pigeon"}, "workers:EchoWorker", TransportUnavailable, "no transport 'pigeon'.*local, nccl"),
         ({"transport": "nccl", "options": {"nccl": {"backnd": "x"}}}, "workers:EchoWorker", ConfigError, "backnd"),
         ({"transport": "nccl", "options": {"nccl": {"backend": "mpi"}}}, "workers:EchoWorker", ConfigError, "mpi"),
+        ({"options": {"locla": {}}}, "workers:EchoWorker", ConfigError, "options.locla: .*installed: local, nccl"),
         ({"aggregator": "second"}, "workers:EchoWorker", ConfigError, "aggregator is 'second'; valid: 'first', 'all'"),
         ({"aggregator": "nowhere:A"}, "workers:EchoWorker", ConfigError, "'nowhere:A' cannot be imported"),
         ({"aggregator": "builtins:int"}, "workers:EchoWorker", ConfigError, "lacks"),

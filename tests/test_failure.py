@@ -3,11 +3,13 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import workers
 
 from asyncexec import (
     Executor,
+    ExecutorClosed,
     ExecutorFailed,
     RankReport,
     RankUnhealthy,
@@ -209,6 +212,102 @@ async def test_an_error_in_a_collective_is_not_lost_to_the_reply_of_a_later_step
         assert await executor.execute_model(1) is None
         with pytest.raises(WorkerError, match="TypeError"):
             await failing
+
+
+async def test_a_cancelled_aclose_ends_the_ranks_all_the_same() -> None:
+    config = {"transport": "nccl", "options": {"nccl": {"backend": "none"}}, "timeouts": QUICK}
+    executor = create_executor(config, workers.EchoWorker)
+    await executor.start()
+    [pid] = await executor.collective_rpc("pid")
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await executor.aclose()
+    assert str(pid) not in os.listdir("/proc")
+
+
+async def test_closing_while_starting(layout: Layout) -> None:
+    executor = create_executor(layout, workers.EchoWorker)
+    starting = asyncio.ensure_future(executor.start())
+    await asyncio.sleep(0)
+    await executor.aclose()
+    with pytest.raises(ExecutorClosed):
+        await starting
+    with pytest.raises(ExecutorClosed, match="is closed"):
+        executor.execute_model(1)
+
+
+async def test_what_a_completion_submits_does_not_overtake(layout: Layout) -> None:
+    async with create_executor(layout | {"max_concurrent_batches": 1}, workers.EchoWorker) as executor:
+        first, second = executor.execute_model(1), executor.execute_model(2)
+        inner: list[Any] = []
+        view = first.concurrent()
+        await asyncio.sleep(0)
+        view.add_done_callback(lambda _: inner.append(executor.sample_tokens(5)))
+        assert await first == 1
+        assert await second == 2
+        assert await inner[0] == 205
+
+
+async def test_deferred_outputs_that_fail_in_any_way_do_not_hold_up_the_later_ones() -> None:
+    for transport in ("local", "nccl"):
+        config = {"transport": transport, "async_scheduling": True, "options": {"nccl": {"backend": "none"}}}
+        async with create_executor(config, workers.FailingLater) as executor:
+            for how in ("exit", "mute", "exit"):
+                with pytest.raises(WorkerError):
+                    await executor.execute_model(how)
+            assert await executor.execute_model("fine") == "fine"
+
+
+async def test_a_rank_killed_while_it_writes_is_named_with_its_signal() -> None:
+    config = {"transport": "nccl", "options": {"nccl": {"backend": "none"}}}
+    async with create_executor(config, workers.EchoWorker) as executor:
+        [pid] = await executor.collective_rpc("pid")
+        call = asyncio.ensure_future(executor.collective_rpc("double_bytes", (b"x" * 100_000_000,)))
+        await until(executor, lambda report: report.ranks[0].method == "double_bytes")
+        await asyncio.sleep(0.02)  # anywhere within the copy or the reply
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.wait([call])
+        error = call.exception()  # None if the reply was faster
+        assert error is None or (isinstance(error, WorkerDied) and error.signal == "SIGKILL")
+
+
+async def test_a_default_timeout_of_sockets_does_not_reach_the_ranks() -> None:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5)
+    try:
+        config = {"transport": "nccl", "pipeline_parallel_size": 2, "options": {"nccl": {"backend": "none"}}}
+        async with create_executor(config, workers.EchoWorker) as executor:
+            assert await executor.execute_model(1) == 1
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+async def test_a_death_is_noticed_without_a_standard_error(tmp_path: Path) -> None:
+    script = tmp_path / "engine.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import asyncexec, workers\n"
+        "async def main():\n"
+        "    config = {'transport': 'nccl', 'options': {'nccl': {'backend': 'none'}}}\n"
+        "    async with asyncexec.create_executor(config, workers.EchoWorker) as executor:\n"
+        "        try:\n"
+        "            await executor.collective_rpc('exit_saying', ('unheard',))\n"
+        "        except asyncexec.WorkerDied as died:\n"
+        "            print(died.exit_code)\n"
+        "asyncexec.run(main())\n"
+    )
+    process = await asyncio.create_subprocess_shell(f"{sys.executable} {script} 2>&-", stdout=subprocess.PIPE)
+    output, _ = await asyncio.wait_for(process.communicate(), 30)
+    assert output == b"1\n"
+
+
+async def test_an_error_of_a_rank_that_was_not_waited_for_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    config = {"transport": "nccl", "tensor_parallel_size": 2, "options": {"nccl": {"backend": "none"}}}
+    async with create_executor(config, workers.LateFailure) as executor:
+        assert await executor.execute_model(1) == 1
+        await executor.collective_rpc("rank")
+    assert "rank 1 failed in a call that was complete without it" in caplog.text
 
 
 def test_blame() -> None:

@@ -265,3 +265,44 @@ def close_sockets(worker: Any) -> None:
         if os.path.exists(f"/proc/self/fd/{name}") and os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
             socket.socket(fileno=os.dup(int(name))).shutdown(socket.SHUT_RDWR)
     threading.Event().wait()
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Broken(DeferredOutput[str]):
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def wait(self) -> str:
+        if self.how == "exit":
+            raise SystemExit(3)
+        if self.how == "mute":
+            raise Mute
+        return self.how
+
+
+class FailingLater:
+    def __init__(self, context: RankContext) -> None:
+        pass
+
+    def execute_model(self, scheduler_output: str, intermediate: None) -> DeferredOutput[str]:
+        return Broken(scheduler_output)
+
+
+class LateFailure:
+    """Its second rank fails when the first has replied long ago."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.context = context
+
+    def execute_model(self, scheduler_output: int, intermediate: None) -> int:
+        if self.context.rank == 1:
+            time.sleep(0.1)
+            raise ValueError("too late")
+        return scheduler_output
+
+    def rank(self) -> int:
+        return self.context.rank

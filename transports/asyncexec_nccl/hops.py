@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from asyncexec.errors import WireError
+from asyncexec.errors import PayloadError
 from asyncexec.tensors import decode_tensors, encode_tensors
 from asyncexec.wire import Buffer, Frame, FrameKind
 from asyncexec_nccl.stream import RankStream
@@ -24,18 +24,25 @@ class HopSender:
     next step while the next stage is still busy with the one before.
     """
 
-    def __init__(self, stream: RankStream) -> None:
+    def __init__(self, stream: RankStream, max_frame_bytes: int) -> None:
         self._stream = stream
+        self._max_frame_bytes = max_frame_bytes
         self._waiting: queue.Queue[list[Buffer]] = queue.Queue()
         self._thread: threading.Thread | None = None
 
     def send(self, call_id: int, tensors: Mapping[str, Any] | None) -> None:
-        """Send a step's tensors, or None to say that there are none; they may be overwritten afterwards."""
+        """Send a step's tensors, or None to say that there are none; they may be overwritten afterwards.
+
+        Raises:
+            PayloadError: they are larger than a frame may be; nothing was sent.
+        """
         if tensors is None:
             frame = Frame(FrameKind.SKIPPED, call_id)
         else:
             body, buffers = encode_tensors(tensors)
             frame = Frame(FrameKind.CALL, call_id, body=body, buffers=buffers)
+            if refusal := frame.refusal(self._max_frame_bytes):
+                raise PayloadError(f"the intermediate tensors {refusal}")
         pieces = frame.pack()
         try:
             rest = pieces if self._waiting.unfinished_tasks else self._stream.send_what_fits(pieces)
@@ -71,19 +78,21 @@ class HopReceiver:
     def __init__(self, stream: RankStream, device: str) -> None:
         self._stream = stream
         self._device = device
+        self._early: Frame | None = None
 
     def receive(self, call_id: int) -> Mapping[str, Any] | None:
-        """Block until the step's tensors are there; None when there will be none.
-
-        Raises:
-            WireError: the previous stage has gone on to a later step.
-        """
-        while (frame := self._stream.receive()) is not None:
+        """Block until the step's tensors are there; None when there will be none."""
+        while (frame := self._next()) is not None:
             if frame.call_id < call_id:
                 continue  # of a step that this stage could not run
             if frame.call_id > call_id:
-                raise WireError(
-                    f"the previous stage sent the tensors of call {frame.call_id} in place of call {call_id}"
-                )
+                self._early = frame  # the previous stage did not run this step
+                return None
             return None if frame.kind is FrameKind.SKIPPED else decode_tensors(frame.body, frame.buffers, self._device)
         return None
+
+    def _next(self) -> Frame | None:
+        if self._early is not None:
+            frame, self._early = self._early, None
+            return frame
+        return self._stream.receive()

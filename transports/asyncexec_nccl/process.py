@@ -13,6 +13,9 @@ import msgspec
 
 from asyncexec.transport import KernelState, RankLoss
 
+_LONGEST_LINE = 1 << 16
+"""Characters after which a line is passed on although it has no end yet."""
+
 _TAIL = 4096
 """Characters of standard error that are kept."""
 
@@ -102,7 +105,8 @@ class RankProcess:
         """How it ended."""
         code = self._process.returncode
         if code is not None and code < 0:
-            name = signal.Signals(-code).name
+            known = -code in set(signal.Signals)
+            name = signal.Signals(-code).name if known else f"signal {-code}"  # real-time signals have no name
             return RankLoss(f"killed by {name}", self.pid, None, name, self._errors.tail)
         return RankLoss(f"exited with status {code}", self.pid, code, None, self._errors.tail)
 
@@ -126,8 +130,10 @@ class RankProcess:
         self.signal(signal.SIGKILL)
         self._pidfd = -1
         self._process.wait()
-        self._errors.close()
-        self._on_exit()
+        try:
+            self._errors.close()
+        finally:
+            self._on_exit()
 
 
 class _ErrorOutput:
@@ -160,14 +166,22 @@ class _ErrorOutput:
             return False
         text = data.decode(errors="replace")
         self.tail = (self.tail + text)[-_TAIL:]
-        *lines, self._line = (self._line + text).split("\n")
-        sys.stderr.write("".join(f"{self._prefix}{line}\n" for line in lines))
+        *lines, self._line = (self._line + text).replace("\r", "\n").split("\n")
+        if len(self._line) > _LONGEST_LINE:
+            lines, self._line = [*lines, self._line], ""
+        self._pass_on(lines)
         if not data:
             self._end()
         return bool(data)
 
     def _end(self) -> None:
-        if self._line:
-            sys.stderr.write(f"{self._prefix}{self._line}\n")
         self._loop.remove_reader(self._pipe.fileno())
         self._pipe.close()
+        if self._line:
+            self._pass_on([self._line])
+
+    def _pass_on(self, lines: list[str]) -> None:
+        if not lines or sys.stderr is None:  # None where the program was started with standard error closed
+            return
+        with contextlib.suppress(OSError, ValueError):  # nobody reads the driver's standard error any more
+            sys.stderr.write("".join(f"{self._prefix}{line}\n" for line in lines))

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,7 +76,7 @@ class _SocketLink(RankLink):
         if launch.previous >= 0:
             self._previous = HopReceiver(self._open(launch.previous), device)
         if launch.next >= 0:
-            self._next = HopSender(self._open(launch.next))
+            self._next = HopSender(self._open(launch.next), launch.max_frame_bytes)
         return RankContext(
             rank=launch.rank,
             local_rank=launch.rank,
@@ -98,6 +99,9 @@ class _SocketLink(RankLink):
                 self._side.send(Frame(FrameKind.REPORT, body=describe()))
             except ConnectionError:
                 return  # the driver is gone
+            except Exception:  # noqa: BLE001 - one report less, but the next question must find somebody
+                traceback.print_exc()
+                self._side.send(Frame(FrameKind.REPORT))
 
     def send_intermediate(self, call_id: int, tensors: Mapping[str, Any] | None) -> None:
         self._next.send(call_id, tensors)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from asyncexec.errors import WireError
 from asyncexec.wire import READ_SIZE, Buffer, Frame, FrameParser
 
-_PIECES_AT_ONCE = 64
+_PIECES_AT_ONCE = 512
 """Pieces given to one `sendmsg`; the kernel takes at most 1024 (IOV_MAX)."""
 
 _READS_AT_ONCE = 16
@@ -60,7 +60,7 @@ class DriverStream:
         except ConnectionError:
             return  # the peer is gone: the read side learns of it, and says so
         if rest:
-            self._unsent.extend(memoryview(piece) for piece in rest)
+            self._unsent = rest
             self._loop.add_writer(self._socket, self._write_more)
 
     def read(self) -> None:
@@ -85,7 +85,7 @@ class DriverStream:
                 self._end(error)
                 return
             if count == 0:
-                self._end(WireError("the connection ended within a frame") if parser.mid_frame else None)
+                self._end(None)  # even within a frame: then its process was killed while it wrote
             if not more:
                 return
 
@@ -100,7 +100,7 @@ class DriverStream:
 
     def _write_more(self) -> None:
         try:
-            self._unsent = collections.deque(memoryview(piece) for piece in _write(self._socket, self._unsent))
+            _write_from(self._socket, self._unsent)
         except ConnectionError:
             self._unsent.clear()
         if not self._unsent:
@@ -120,6 +120,7 @@ class RankStream:
     """
 
     def __init__(self, connection: socket.socket, max_frame_bytes: int) -> None:
+        connection.setblocking(True)  # whatever socket.setdefaulttimeout() was set to where it was made
         self._socket = connection
         self._received: collections.deque[Frame] = collections.deque()
         self._parser = FrameParser(max_frame_bytes, self._received.append)
@@ -150,8 +151,9 @@ class RankStream:
     def send_pieces(self, pieces: Sequence[Buffer]) -> None:
         """Block until the pieces of a frame are written.  Raises ConnectionError when the peer is gone."""
         with self._writing:
-            while pieces:
-                pieces = _write(self._socket, pieces)
+            rest = _write(self._socket, pieces)
+            while rest:
+                _write_from(self._socket, rest)
 
     def send_what_fits(self, pieces: Sequence[Buffer]) -> Sequence[Buffer]:
         """Write as much as the socket takes now; returns the rest.  Raises ConnectionError when the peer is gone."""
@@ -165,23 +167,26 @@ class RankStream:
         self._socket.close()
 
 
-def _write(
-    connection: socket.socket, pieces: Sequence[Buffer] | collections.deque[memoryview], flags: int = 0
-) -> Sequence[Buffer]:
+def _write(connection: socket.socket, pieces: Sequence[Buffer], flags: int = 0) -> collections.deque[memoryview]:
     """Write what the socket takes in one call; returns the rest."""
-    first = pieces[0]
-    try:
-        if len(pieces) == 1:
-            sent = connection.send(first, flags)
-        else:
-            sent = connection.sendmsg(list(itertools.islice(pieces, _PIECES_AT_ONCE)), (), flags)
-    except BlockingIOError:
-        sent = 0
-    if sent == len(first) and len(pieces) == 1:
-        return ()
-    rest: list[Buffer] = []
-    for piece in pieces:
-        if sent < len(piece):
-            rest.append(memoryview(piece)[sent:])
-        sent = max(sent - len(piece), 0)
+    if len(pieces) == 1:  # most frames
+        try:
+            sent = connection.send(pieces[0], flags)
+        except BlockingIOError:
+            sent = 0
+        return collections.deque([memoryview(pieces[0])[sent:]] if sent < len(pieces[0]) else ())
+    rest = collections.deque(memoryview(piece) for piece in pieces)
+    _write_from(connection, rest, flags)
     return rest
+
+
+def _write_from(connection: socket.socket, pieces: collections.deque[memoryview], flags: int = 0) -> None:
+    """Write what the socket takes in one call, and remove it."""
+    try:
+        sent = connection.sendmsg(list(itertools.islice(pieces, _PIECES_AT_ONCE)), (), flags)
+    except BlockingIOError:
+        return
+    while pieces and sent >= len(pieces[0]):
+        sent -= len(pieces.popleft())
+    if sent:
+        pieces[0] = pieces[0][sent:]

@@ -90,7 +90,7 @@ class NcclTransport(Transport):
                     store=store,
                     previous=hops[rank - size][1].fileno() if rank >= size else -1,
                     next=hops[rank][0].fileno() if rank < len(hops) else -1,
-                    sys_path=sys.path,
+                    sys_path=[str(path) for path in sys.path],
                 )
                 on_exit = functools.partial(self._exited, rank)
                 self._processes.append(RankProcess(loop, launch, self._environment(), on_exit))

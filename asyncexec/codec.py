@@ -186,9 +186,8 @@ def _result_format(hint: Any) -> "_Format":
 
 def _result_hint(hint: Any) -> Any:
     """What crosses the wire of a return hint: without intermediate tensors, the value of a deferred output, or None."""
-    arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     crossing: Any = None
-    for hinted in arms:
+    for hinted in _arms(hint):
         arm, origin = hinted, typing.get_origin(hinted) or hinted
         if origin is IntermediateTensors:
             continue
@@ -303,9 +302,9 @@ def _typed(name: str, fields: list[Any], keyword_only: frozenset[str]) -> _Forma
     """A typed format for a struct of `fields`, or the pickled one where a hint is not made of plain data."""
     blobs: dict[int, type] = {}
     for index, (field, hint, *default) in enumerate(fields):
-        plain = next((arm for arm in _arms(hint) if arm is not types.NoneType), hint)
-        if plain in (bytes, bytearray, memoryview) and len([a for a in _arms(hint) if a is not types.NoneType]) == 1:
-            blobs[index] = plain
+        arms = [arm for arm in _arms(hint) if arm is not types.NoneType]
+        if len(arms) == 1 and arms[0] in (bytes, bytearray, memoryview):
+            blobs[index] = arms[0]
             fields[index] = (field, _Blob | None, *default)
         elif not _is_plain(hint):
             return _PICKLED

@@ -91,8 +91,8 @@ def blame(ranks: Sequence[RankReport]) -> list[int]:
     work, or went past what the others are in.  Else, while some run, all that run.  If all wait, the one that got
     least far: it has begun the earliest call, and made the least progress.
     """
-    for states in (("dead",), ("stopped",), ("silent",)):
-        unable = [rank.rank for rank in ranks if rank.state in states]
+    for state in ("dead", "stopped", "silent"):
+        unable = [rank.rank for rank in ranks if rank.state == state]
         if unable:
             return unable
     waiting = [rank for rank in ranks if rank.waiting_in]

@@ -62,7 +62,7 @@ class Reporter:
     def log_soon(self) -> None:
         """Have a report logged; may be called anywhere, a signal handler included."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and the executor with it
-            self._loop.call_soon_threadsafe(self._own, self._log)
+            self._loop.call_soon_threadsafe(self._start_logging)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -81,8 +81,8 @@ class Reporter:
     async def _log(self) -> None:
         logger.warning("report on SIGUSR1:\n%s", await self._report())
 
-    def _own(self, job: Callable[[], Awaitable[None]]) -> None:
-        task = asyncio.ensure_future(job())
+    def _start_logging(self) -> None:
+        task = self._loop.create_task(self._log())
         self._busy.add(task)
         task.add_done_callback(self._busy.discard)
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ import anyio
 from asyncexec import (
     AsyncExecError,
     ExecutorBusy,
-    FirstRank,
     IntermediateTensors,
     StepFuture,
     StepTimeout,
@@ -34,6 +33,7 @@ from asyncexec import (
     run,
 )
 from asyncexec.errors import WireError
+from asyncexec.testing import Recorder
 from asyncexec.wire import Frame, FrameKind, FrameParser
 
 Layout = dict[str, Any]
@@ -88,20 +88,9 @@ def require(holds: bool, what: str) -> None:
         raise SystemExit(f"BROKEN: {what}")
 
 
-class Counting(FirstRank):
-    """Notes every step that is aggregated."""
-
-    def __init__(self) -> None:
-        self.seen: list[int] = []
-
-    def aggregate(self, outputs_by_rank: Mapping[int, Any], output_rank: int) -> Any:
-        self.seen.append(outputs_by_rank[output_rank])
-        return outputs_by_rank[output_rank]
-
-
 async def cancellations(ranks: int) -> str:
     """10,000 steps, about 30% of whose awaits are cancelled or timed out at a random moment."""
-    steps, noise, aggregator = 10_000, random.Random(2), Counting()
+    steps, noise, aggregator = 10_000, random.Random(2), Recorder()
     config = layout(ranks, max_concurrent_batches=4)
     outcomes = {"answered": 0, "abandoned": 0, "deadline": 0}
     futures: list[StepFuture[Any]] = []

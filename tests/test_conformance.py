@@ -2,15 +2,14 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import workers
 
-from asyncexec import FirstRank, PayloadError, ReplyLost, StepTimeout, create_executor
+from asyncexec import PayloadError, ReplyLost, StepTimeout, create_executor
 from asyncexec.registry import load_transport
-from asyncexec.testing import CHECKS, Faults, with_faults
+from asyncexec.testing import CHECKS, Faults, Recorder, with_faults
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
@@ -18,15 +17,6 @@ pytestmark = pytest.mark.usefixtures("no_leftovers")
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 async def test_conformance(check: Any, layout: dict[str, Any]) -> None:
     await check(layout)
-
-
-class Recorder(FirstRank):
-    def __init__(self) -> None:
-        self.seen: list[int] = []
-
-    def aggregate(self, outputs_by_rank: Mapping[int, Any], output_rank: int) -> Any:
-        self.seen.append(outputs_by_rank[output_rank])
-        return outputs_by_rank[output_rank]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -27,6 +27,7 @@ from asyncexec import (
     WorkerStartError,
     create_executor,
 )
+from asyncexec.testing import Recorder
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 Layout = dict[str, Any]
@@ -120,15 +121,7 @@ def executor_output_rank(layout: Layout) -> int:
 
 
 async def test_every_step_is_aggregated_once_and_in_order_whoever_awaits(layout: Layout) -> None:
-    class Recording(FirstRank):
-        def __init__(self) -> None:
-            self.seen: list[int] = []
-
-        def aggregate(self, outputs_by_rank: Mapping[int, Any], output_rank: int) -> Any:
-            self.seen.append(outputs_by_rank[output_rank])
-            return super().aggregate(outputs_by_rank, output_rank)
-
-    aggregator = Recording()
+    aggregator = Recorder()
     async with create_executor(layout, workers.EchoWorker, aggregator=aggregator) as executor:
         executor.execute_model(0)  # nobody holds this future
         cancelled = asyncio.ensure_future(asyncio.wait_for(executor.execute_model(1), 60))

@@ -4,7 +4,7 @@ conformance   CHECKS and `check_transport`: what an executor promises, on whatev
 faults        a transport with faults built in: replies dropped, doubled, delayed, swapped or cut short
 """
 
-from asyncexec.testing.conformance import CHECKS, check_transport
+from asyncexec.testing.conformance import CHECKS, Recorder, check_transport
 from asyncexec.testing.faults import Faults, with_faults
 
-__all__ = ["CHECKS", "Faults", "check_transport", "with_faults"]
+__all__ = ["CHECKS", "Faults", "Recorder", "check_transport", "with_faults"]

@@ -92,13 +92,20 @@ class _Later(DeferredOutput[Any]):
         return self.value
 
 
-class _Recorder(FirstRank):
+class Recorder(FirstRank):
+    """The output rank's output, and a note of it.
+
+    Attributes:
+        seen: the outputs of every step that was aggregated, in that order.
+    """
+
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
     def aggregate(self, outputs_by_rank: Mapping[int, Any], output_rank: int) -> Any:
+        """Note the output, and return it."""
         self.seen.append(outputs_by_rank[output_rank])
-        return outputs_by_rank[output_rank]
+        return super().aggregate(outputs_by_rank, output_rank)
 
 
 def _executor(config: Config, **more: Any) -> Executor:
@@ -108,7 +115,7 @@ def _executor(config: Config, **more: Any) -> Executor:
 
 async def order(config: Config) -> None:
     """Replies go to their calls, and steps are aggregated in order; deferred outputs and errors among them."""
-    recorder = _Recorder()
+    recorder = Recorder()
     async with _executor(config, max_concurrent_batches=3, aggregator=recorder) as executor:
         inputs = [n if n % 5 else {"defer": n} if n % 2 else {"raise": str(n)} for n in range(60)]
         futures = [executor.execute_model(value) for value in inputs]
@@ -140,7 +147,7 @@ async def limits(config: Config) -> None:
 
 async def cancellation(config: Config) -> None:
     """Abandoning an await, at any of its moments, harms nothing else; the step is aggregated all the same."""
-    recorder = _Recorder()
+    recorder = Recorder()
     async with _executor(config, max_concurrent_batches=2, aggregator=recorder) as executor:
         for turns in range(6):
             task = asyncio.ensure_future(_await(executor.execute_model(("abandoned", turns))))

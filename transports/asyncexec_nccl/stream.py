@@ -70,15 +70,8 @@ class DriverStream:
             if self._ended:
                 return
             try:
-                if parser.wanted is None:
-                    data = connection.recv(READ_SIZE)
-                    count = len(data)
-                    parser.feed(data)
-                    more = count == READ_SIZE or parser.wanted is not None
-                else:
-                    count = connection.recv_into(parser.wanted)
-                    parser.received(count)
-                    more = True
+                in_large_part = parser.wanted is not None
+                count = _receive(connection, parser)
             except BlockingIOError:
                 return
             except (ConnectionError, WireError) as error:
@@ -86,8 +79,8 @@ class DriverStream:
                 return
             if count == 0:
                 self._end(None)  # even within a frame: then its process was killed while it wrote
-            if not more:
-                return
+            if count < READ_SIZE and not in_large_part and parser.wanted is None:
+                return  # there was no more
 
     def close(self) -> None:
         """Close the socket; `on_end` is not called any more."""
@@ -128,16 +121,9 @@ class RankStream:
 
     def receive(self) -> Frame | None:
         """Block until the next frame; None at the end of the stream.  Raises WireError where it is malformed."""
-        parser = self._parser
         while not self._received:
             try:
-                if parser.wanted is None:
-                    data = self._socket.recv(READ_SIZE)
-                    count = len(data)
-                    parser.feed(data)
-                else:
-                    count = self._socket.recv_into(parser.wanted)
-                    parser.received(count)
+                count = _receive(self._socket, self._parser)
             except ConnectionError:
                 return None
             if count == 0:
@@ -165,6 +151,17 @@ class RankStream:
         with contextlib.suppress(OSError):  # already reset by the peer
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+def _receive(connection: socket.socket, parser: FrameParser) -> int:
+    """Receive once, into the large part that is under way if there is one; returns how many bytes came."""
+    if parser.wanted is not None:
+        count = connection.recv_into(parser.wanted)
+        parser.received(count)
+        return count
+    data = connection.recv(READ_SIZE)
+    parser.feed(data)
+    return len(data)
 
 
 def _write(connection: socket.socket, pieces: Sequence[Buffer], flags: int = 0) -> collections.deque[memoryview]:

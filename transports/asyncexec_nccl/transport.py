@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import anyio
@@ -72,6 +72,7 @@ class NcclTransport(Transport):
         """Spawn the ranks.  They join each other and construct their workers when they get the START frame."""
         loop = asyncio.get_running_loop()
         config, size = self.config, self.config.tensor_parallel_size
+        environment = self._environment()
         with contextlib.ExitStack() as stack:
             store = os.memfd_create("asyncexec-store")
             stack.callback(os.close, store)
@@ -93,7 +94,7 @@ class NcclTransport(Transport):
                     sys_path=[str(path) for path in sys.path],
                 )
                 on_exit = functools.partial(self._exited, rank)
-                self._processes.append(RankProcess(loop, launch, self._environment(), on_exit))
+                self._processes.append(RankProcess(loop, launch, environment, on_exit))
                 on_frame = functools.partial(self.events.frame_received, rank)
                 on_end = functools.partial(self._stream_ended, rank)
                 limit = config.max_frame_bytes
@@ -151,7 +152,7 @@ class NcclTransport(Transport):
         self._one_ended = anyio.Event()
         if rank < len(self._streams):
             self._streams[rank].read()
-        self._lost(rank, self._processes[rank].loss)
+        self._lost(rank, self._processes[rank].loss())
 
     def _stream_ended(self, rank: int, error: Exception | None) -> None:
         """A rank's socket ended.  Usually its process ends with it, and has more to tell."""
@@ -162,11 +163,11 @@ class NcclTransport(Transport):
 
     def _give_up(self, rank: int, reason: str) -> None:
         if self._processes[rank].running:
-            self._lost(rank, lambda: RankLoss(reason, self._processes[rank].pid))
+            self._lost(rank, RankLoss(reason, self._processes[rank].pid))
 
-    def _lost(self, rank: int, loss: Callable[[], RankLoss]) -> None:
+    def _lost(self, rank: int, loss: RankLoss) -> None:
         if not self._closing:
-            self.events.rank_lost(rank, loss())
+            self.events.rank_lost(rank, loss)
 
 
 class _Side:

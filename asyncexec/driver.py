@@ -44,6 +44,10 @@ logger = logging.getLogger("asyncexec")
 
 _ALL = AllRanks()
 
+_CENSUS = 32
+"""Every so many steps, the ranks whose output is not wanted say that they are done: none of them lags further behind,
+and one that hangs is noticed by that step's deadline.  The wire carries their acknowledgements in no other step."""
+
 _DEATH_LIMIT = 0.08
 """Seconds between a rank's connections breaking and the kernel telling of its death; more than enough."""
 
@@ -109,6 +113,8 @@ class Driver(Executor):
         )
         self._transport = transport(config, options, self)
         self._ranks = tuple(range(config.world_size))
+        self._others = tuple(rank for rank in self._ranks if rank != config.output_rank)
+        self._steps = 0
         self._rank_free = [0] * config.world_size
         self._state = _State.NEW
         self._aborted = False
@@ -296,6 +302,10 @@ class Driver(Executor):
         encoded = time.monotonic_ns()
         submission = Submission(frame, StepFuture(self._loop), aggregator, output_rank, submitted or encoded, encoded)
         call = Call(method, ranks, wanted, slot, ordered, timeout, submission)
+        if slot and not aggregator.needs_all_ranks:
+            self._steps += 1
+            if self._steps % _CENSUS == 0:
+                frame.acknowledge, call.acknowledging = True, self._others
         decisions = self._window.submit(call, self._loop.time())
         submission.future.call_id = frame.call_id = call.call_id
         frame.epoch = call.epoch
@@ -347,6 +357,8 @@ class Driver(Executor):
         elif frame.kind is FrameKind.ERROR:
             self._rank_raised(rank, frame)
             return
+        elif frame.kind is FrameKind.DONE:
+            decisions = self._window.acknowledged(rank, frame.call_id, frame.epoch)
         else:
             decisions = self._window.skipped(rank, frame.call_id, frame.epoch)
         self._carry_out(decisions)

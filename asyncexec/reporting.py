@@ -46,7 +46,11 @@ class Reporter:
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             # the random part: abstract names are shared by containers that share the network, process numbers are not
             listener.bind(f"\0{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
-            self._server = await asyncio.start_unix_server(self._answer, sock=listener)
+            try:
+                self._server = await asyncio.start_unix_server(self._answer, sock=listener)
+            except BaseException:
+                listener.close()
+                raise
         _on_signal(self)
 
     async def close(self) -> None:

@@ -110,6 +110,7 @@ class RankRuntime:
         self._max_frame_bytes = 0
         self._replies = _ReplyQueue()
         self._activity = Activity()
+        self._last_call = 0
 
     def serve(self) -> None:
         """Take frames until STOP or the end of the stream, then let the worker and the link end."""
@@ -155,6 +156,9 @@ class RankRuntime:
         self._send(reply)
 
     def _call(self, frame: Frame) -> None:
+        if frame.call_id <= self._last_call:
+            return  # a duplicate, or overtaken: the worker must not run a call twice, nor calls out of order
+        self._last_call = frame.call_id
         started = time.monotonic_ns()
         is_step = frame.method == self._step_method
         stage = _Stage(self._link, self._context, self._activity, frame.call_id) if is_step else None
@@ -168,7 +172,8 @@ class RankRuntime:
             else:
                 output = getattr(self._worker, call.target)(*call.args, **call.kwargs)
         except _EarlierStageFailed:
-            reply = _answer(FrameKind.SKIPPED, frame, started) if self._wanted(frame) else None
+            owed = self._wanted(frame) or frame.acknowledge
+            reply = _answer(FrameKind.SKIPPED, frame, started) if owed else None
         except Exception as error:  # noqa: BLE001 - the worker's errors are the caller's to hear of
             reply = _error(frame, error, started)
         else:
@@ -176,7 +181,7 @@ class RankRuntime:
                 self._replies.defer(lambda: self._resolve(frame, output, started))
                 reply = None
             else:
-                reply = self._result(frame, output, started) if self._wanted(frame) else None
+                reply = self._reply(frame, output, started)
         self._activity.end()  # before the reply: who has it may ask at once what the rank is doing
         if reply is not None:
             self._send(reply)
@@ -192,8 +197,14 @@ class RankRuntime:
         except BaseException as error:  # noqa: BLE001 - on this thread SystemExit would end nothing but later replies
             self._link.send(_error(frame, error, started))
         else:
-            if self._wanted(frame):
-                self._link.send(self._result(frame, value, started))
+            if (reply := self._reply(frame, value, started)) is not None:
+                self._link.send(reply)
+
+    def _reply(self, frame: Frame, value: Any, started: int) -> Frame | None:
+        """What to say of a call that returned `value`; None where nobody wants to know."""
+        if self._wanted(frame):
+            return self._result(frame, value, started)
+        return _answer(FrameKind.DONE, frame, started) if frame.acknowledge else None
 
     def _result(self, frame: Frame, value: Any, started: int) -> Frame:
         reply = _answer(FrameKind.REPLY, frame, started)

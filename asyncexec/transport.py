@@ -45,10 +45,12 @@ class KernelState(NamedTuple):
     Attributes:
         state: "running" (or ready to, or asleep), "stopped" or "dead".
         words: the kernel's own, such as "State: T (stopped)".
+        pid: the process; None where the rank is a thread of this one.
     """
 
     state: Literal["running", "stopped", "dead"]
     words: str
+    pid: int | None = None
 
 
 class TransportEvents(Protocol):

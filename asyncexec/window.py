@@ -41,7 +41,8 @@ class Call(msgspec.Struct, eq=False):
     Attributes:
         method: the method's name, for people.
         ranks: where it runs.
-        wanted: the ranks that reply with their output; the others reply only with errors.
+        wanted: the ranks that reply with their output; the others reply only with errors,
+        acknowledging: but for these, which also say when they are done.
         slot: whether it takes one of the `max_concurrent_batches` slots.
         ordered: whether it completes in order with the other ordered calls.
         timeout: seconds from submission; None is no limit.
@@ -61,6 +62,7 @@ class Call(msgspec.Struct, eq=False):
     ordered: bool
     timeout: float | None
     content: Any = None
+    acknowledging: Sequence[int] = ()
     call_id: int = 0
     epoch: int = 0
     state: CallState = CallState.QUEUED
@@ -186,11 +188,20 @@ class Window:
     def replied(self, rank: int, call_id: int, epoch: int, output: Any) -> list[Decision]:
         """`rank` sent its output."""
         decisions, call = self._received(rank, call_id, epoch)
-        if call is None or rank not in call.owing:
+        if call is None or rank not in call.owing or rank not in call.wanted:
             self.counters.late += call is not None
             return decisions
         call.owing.discard(rank)
         call.outputs[rank] = output
+        return self._after_reply(call, decisions)
+
+    def acknowledged(self, rank: int, call_id: int, epoch: int) -> list[Decision]:
+        """`rank` is done with the call; its output was not wanted."""
+        decisions, call = self._received(rank, call_id, epoch)
+        if call is None or rank not in call.owing or rank in call.wanted:
+            self.counters.late += call is not None
+            return decisions
+        call.owing.discard(rank)
         return self._after_reply(call, decisions)
 
     def skipped(self, rank: int, call_id: int, epoch: int) -> list[Decision]:
@@ -223,6 +234,8 @@ class Window:
                 self._queue.remove(call)
                 self._waiting_for_slot -= call.slot
                 decisions += self._settle(call)
+            elif call.state is CallState.SENT and not call.owing:
+                decisions += self._settle(call)  # it was skipped, and why never became known
         return decisions + self._pump()
 
     def fail(self, error_for: Callable[[Call], AsyncExecError]) -> list[Decision]:
@@ -255,9 +268,10 @@ class Window:
             self._waiting_for_slot -= call.slot
             self._running += call.slot
             call.state = CallState.SENT
-            call.owing.update(call.wanted)
-            for rank in call.wanted:
-                self._owed[rank].append(call.call_id)
+            for ranks in (call.wanted, call.acknowledging):
+                call.owing.update(ranks)
+                for rank in ranks:
+                    self._owed[rank].append(call.call_id)
             decisions.append(Send(call))
         return decisions
 
@@ -298,8 +312,8 @@ class Window:
         return Fail(call, error)
 
     def _after_reply(self, call: Call, decisions: list[Decision]) -> list[Decision]:
-        """Settle the call if nothing is owed; a skipped one is still owed the error that explains it."""
-        if call.owing or (call.skipped and call.error is None):
+        """Settle the call if nothing is owed; a skipped one is owed the error that explains it, until its deadline."""
+        if call.owing or (call.skipped and not call.answered):
             return decisions
         return decisions + self._settle(call) + self._pump()
 

@@ -21,7 +21,7 @@ MAGIC = 0xAE5C
 VERSION = 1
 ALL_RANKS = -1
 
-_HEADER = struct.Struct("<HBBHHIIQIiQQ")
+_HEADER = struct.Struct("<HBBHBxIIQIiQQ")
 HEADER_SIZE = _HEADER.size
 
 READ_SIZE = 1 << 16
@@ -52,6 +52,8 @@ class FrameKind(enum.IntEnum):
     """Driver to a rank's side thread: what is the rank doing?"""
     REPORT = 8
     """A rank's side thread to the driver: this."""
+    DONE = 9
+    """Rank to driver: the method ran, and its output is not wanted; sent only where the call asks for it."""
 
 
 _KINDS = {int(kind): kind for kind in FrameKind}
@@ -66,6 +68,7 @@ class Frame(msgspec.Struct, eq=False):
         epoch: which set of ranks the call belongs to.
         method: the method's number in the codec that both ends agreed on.
         reply_to: in a CALL, the one rank whose output is wanted, or `ALL_RANKS`; the others answer only errors.
+        acknowledge: in a CALL, whether the others say so when they are done.
         started_ns: in a reply, when the rank took the call up (CLOCK_MONOTONIC, nanoseconds).
         ended_ns: in a reply, when the worker's method had returned (and a deferred output was there).
         body: the encoded part.
@@ -81,6 +84,7 @@ class Frame(msgspec.Struct, eq=False):
     ended_ns: int = 0
     body: Buffer = b""
     buffers: Sequence[Buffer] = ()
+    acknowledge: bool = False
 
     @property
     def size(self) -> int:
@@ -105,7 +109,7 @@ class Frame(msgspec.Struct, eq=False):
             VERSION,
             self.kind,
             self.method,
-            0,
+            self.acknowledge,
             len(self.body),
             len(self.buffers),
             self.call_id,
@@ -196,7 +200,7 @@ class FrameParser:
         self._advance()
 
     def _take_header(self, section: Buffer) -> None:
-        magic, version, kind, method, _, body, buffers, call_id, epoch, reply_to, started, ended = _HEADER.unpack(
+        magic, version, kind, method, flags, body, buffers, call_id, epoch, reply_to, started, ended = _HEADER.unpack(
             section
         )
         if magic != MAGIC:
@@ -212,7 +216,7 @@ class FrameParser:
         self._refuse_oversize(body + 8 * buffers)
         self._body_size = body
         self._buffer_count = buffers
-        self._frame = Frame(_KINDS[kind], call_id, epoch, method, reply_to, started, ended)
+        self._frame = Frame(_KINDS[kind], call_id, epoch, method, reply_to, started, ended, acknowledge=bool(flags))
 
     def _take_body(self, frame: Frame, body_size: int, section: Buffer) -> None:
         if self._buffer_count:

@@ -305,7 +305,7 @@ async def mutations(ranks: int) -> str:
     """1,000,000 frames with random bytes changed, cut out or put in, and cut anywhere."""
     noise, limit, refused, given_out = random.Random(7), 1 << 16, 0, 0
     for n in range(1_000_000):
-        frame = Frame(FrameKind(noise.randint(1, 8)), n, 1, body=noise.randbytes(noise.randrange(64)))
+        frame = Frame(FrameKind(noise.randint(1, len(FrameKind))), n, 1, body=noise.randbytes(noise.randrange(64)))
         if noise.random() < 0.3:
             frame.buffers = [noise.randbytes(noise.randrange(99)) for _ in range(noise.randrange(4))]
         data = bytearray(b"".join(bytes(piece) for piece in frame.pack()))

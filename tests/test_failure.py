@@ -310,6 +310,26 @@ async def test_an_error_of_a_rank_that_was_not_waited_for_is_logged(caplog: pyte
     assert "rank 1 failed in a call that was complete without it" in caplog.text
 
 
+async def test_a_hang_of_a_rank_that_no_step_waits_for_is_noticed() -> None:
+    """Only the first of these ranks replies; the other's silence must not go on for ever."""
+    config = {"transport": "nccl", "tensor_parallel_size": 2, "options": {"nccl": {"backend": "none"}}}
+    async with create_executor(config | {"timeouts": QUICK}, workers.EchoWorker) as executor:
+        pids = await executor.collective_rpc("pid")
+        os.kill(pids[1], signal.SIGSTOP)
+
+        async def steps() -> None:
+            for n in range(100):
+                assert await executor.execute_model(n, timeout=0.5) == n
+
+        with pytest.raises(StepTimeout) as caught:
+            await steps()
+        assert caught.value.waiting_for == (1,)
+        assert caught.value.report is not None
+        assert caught.value.report.blamed == [1]
+        os.kill(pids[1], signal.SIGCONT)
+        assert await executor.execute_model("on") == "on"
+
+
 def test_blame() -> None:
     def rank(number: int, state: Any = "running", waiting: str | None = None, call: int = 1) -> RankReport:
         return RankReport(number, state, "m", call, waiting_in=waiting)

@@ -170,6 +170,31 @@ def test_failing_answers_everybody_and_begins_a_new_epoch() -> None:
     assert sent(window.submit(step(), 0))
 
 
+def test_an_acknowledged_call_is_done_when_everybody_is() -> None:
+    window = Window(2, 1, 0)
+    call = step(wanted=(0,))
+    call.acknowledging = (1,)
+    window.submit(call, 0)
+    assert window.acknowledged(0, 1, 1) == []  # its output is owed
+    assert window.replied(0, 1, 1, "a") == []
+    assert not window.has_room
+    assert window.replied(1, 1, 1, "b") == []  # its output is not wanted
+    assert window.counters.late == 2
+    assert completed(window.acknowledged(1, 1, 1)) == [call]
+    assert call.outputs == {0: "a"}
+
+
+@pytest.mark.parametrize("first", ["deadline", "skipped"])
+def test_a_skipped_call_that_nobody_explains_ends_with_its_deadline(first: str) -> None:
+    window = Window(2, 1, 0)
+    call = step(timeout=1)
+    window.submit(call, 0)
+    events = [lambda: window.expire(1), lambda: window.skipped(0, 1, 1)]
+    decisions = [decision for event in (events if first == "deadline" else events[::-1]) for decision in event()]
+    assert [c for c, _ in failed(decisions)] == [call]
+    assert window.has_room
+
+
 class Histories(RuleBasedStateMachine):
     """Ranks that answer in order, lose answers, fail and repeat themselves, on a clock that moves by itself."""
 
@@ -198,10 +223,17 @@ class Histories(RuleBasedStateMachine):
                 if isinstance(decision, Fail) or not call.answered:
                     self.answers[call] = self.answers.get(call, 0) + 1
 
-    @rule(data=st.data(), everywhere=st.booleans(), timeout=st.one_of(st.none(), st.floats(0.1, 5)))
-    def submit_step(self, data: st.DataObject, everywhere: bool, timeout: float | None) -> None:
+    @rule(
+        data=st.data(),
+        everywhere=st.booleans(),
+        acknowledge=st.booleans(),
+        timeout=st.one_of(st.none(), st.floats(0.1, 5)),
+    )
+    def submit_step(self, data: st.DataObject, everywhere: bool, acknowledge: bool, timeout: float | None) -> None:
         wanted = range(self.world) if everywhere else [data.draw(st.integers(0, self.world - 1))]
         call = step(list(wanted), list(range(self.world)), timeout)
+        if acknowledge:
+            call.acknowledging = [rank for rank in range(self.world) if rank not in wanted]
         busy = not self.window.has_room and sum(c.slot for c in self.waiting()) >= self.max_queued
         try:
             self.note(self.window.submit(call, self.now))
@@ -228,9 +260,16 @@ class Histories(RuleBasedStateMachine):
             self.note(self.window.errored(*place, CallError("raised")))
         elif what == "skip" and call.ordered:
             self.note(self.window.skipped(*place))
-        elif what != "lose" and rank in call.wanted:
+        elif what != "lose":
             for _ in range(1 + (what == "twice")):
-                self.note(self.window.replied(*place, rank))
+                self.answer(rank, call)
+
+    def answer(self, rank: int, call: Call) -> None:
+        place = rank, call.call_id, call.epoch
+        if rank in call.wanted:
+            self.note(self.window.replied(*place, rank))
+        elif rank in call.acknowledging:
+            self.note(self.window.acknowledged(*place))
 
     @rule(seconds=st.floats(0, 3))
     def time_passes(self, seconds: float) -> None:
@@ -261,8 +300,7 @@ class Histories(RuleBasedStateMachine):
             return
         for rank in range(self.world):  # the ranks answer all that they still have
             while self.at_rank[rank]:
-                call = self.at_rank[rank].pop(0)
-                self.note(self.window.replied(rank, call.call_id, call.epoch, rank))
+                self.answer(rank, self.at_rank[rank].pop(0))
         self.note(self.window.fail(lambda call: ExecutorClosed("the end")))
         assert set(self.answers) == set(self.calls), "a caller was never answered"
         assert not self.window.in_flight + self.window.queued

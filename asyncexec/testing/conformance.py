@@ -5,21 +5,24 @@ from asyncexec.testing import CHECKS
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 async def test_my_transport(check):
     await check({"transport": "mine", "tensor_parallel_size": 2})
+
+A check takes an executor's configuration, or a factory where executors are made in another way.
 """
 
 import asyncio
+import functools
 import gc
+import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from typing import Any, TypeAlias
 
 import anyio
 
-from asyncexec.aggregate import FirstRank
-from asyncexec.config import ExecutorConfig
+from asyncexec.aggregate import Aggregator, FirstRank
 from asyncexec.driver import create_executor
 from asyncexec.errors import (
     ExecutorBusy,
@@ -34,7 +37,16 @@ from asyncexec.executor import Executor
 from asyncexec.outputs import DeferredOutput, IntermediateTensors
 from asyncexec.worker import RankContext
 
-Config = Mapping[str, Any]
+ExecutorFactory: TypeAlias = Callable[..., Executor]
+"""Called as `factory(worker, aggregator=..., **changes)`, gives an executor that is not started yet.
+
+Args of the call:
+    worker: the worker's class.
+    aggregator: an `Aggregator`, or None for the configuration's.
+    changes: keys of the configuration to set for this executor.
+"""
+
+Target: TypeAlias = Mapping[str, Any] | ExecutorFactory
 _BOUND = 60.0
 """Seconds that one check may take; what hangs is a failure, not a wait."""
 
@@ -108,15 +120,16 @@ class Recorder(FirstRank):
         return super().aggregate(outputs_by_rank, output_rank)
 
 
-def _executor(config: Config, **more: Any) -> Executor:
-    aggregator = more.pop("aggregator", None)
-    return create_executor({**config, **more}, ConformanceWorker, aggregator=aggregator)
+def _executor(target: Target, aggregator: Aggregator | None = None, **changes: Any) -> Executor:
+    if isinstance(target, Mapping):
+        return create_executor({**target, **changes}, ConformanceWorker, aggregator=aggregator)
+    return target(ConformanceWorker, aggregator=aggregator, **changes)
 
 
-async def order(config: Config) -> None:
+async def order(target: Target) -> None:
     """Replies go to their calls, and steps are aggregated in order; deferred outputs and errors among them."""
     recorder = Recorder()
-    async with _executor(config, max_concurrent_batches=3, aggregator=recorder) as executor:
+    async with _executor(target, max_concurrent_batches=3, aggregator=recorder) as executor:
         inputs = [n if n % 5 else {"defer": n} if n % 2 else {"raise": str(n)} for n in range(60)]
         futures = [executor.execute_model(value) for value in inputs]
         for n, future in enumerate(futures):
@@ -127,9 +140,9 @@ async def order(config: Config) -> None:
     assert recorder.seen == [n for n in range(60) if n % 5 or n % 2]
 
 
-async def limits(config: Config) -> None:
+async def limits(target: Target) -> None:
     """No more steps run than there are slots, no more wait than allowed, and `slot` tells when there is room."""
-    async with _executor(config, max_concurrent_batches=2, max_queued_steps=2) as executor:
+    async with _executor(target, max_concurrent_batches=2, max_queued_steps=2) as executor:
         nap = asyncio.ensure_future(executor.collective_rpc("nap", (0.1,)))
         await asyncio.sleep(0)
         futures = [executor.execute_model(n) for n in range(4)]
@@ -145,10 +158,10 @@ async def limits(config: Config) -> None:
         await nap
 
 
-async def cancellation(config: Config) -> None:
+async def cancellation(target: Target) -> None:
     """Abandoning an await, at any of its moments, harms nothing else; the step is aggregated all the same."""
     recorder = Recorder()
-    async with _executor(config, max_concurrent_batches=2, aggregator=recorder) as executor:
+    async with _executor(target, max_concurrent_batches=2, aggregator=recorder) as executor:
         for turns in range(6):
             task = asyncio.ensure_future(_await(executor.execute_model(("abandoned", turns))))
             for _ in range(turns):
@@ -162,9 +175,46 @@ async def cancellation(config: Config) -> None:
     assert recorder.seen == expected, recorder.seen
 
 
-async def deadlines(config: Config) -> None:
+async def cancellation_at_every_await(target: Target) -> None:
+    """Whatever is awaited can be cancelled at each of its suspensions: nothing is left, and the executor works on."""
+    recorder = Recorder()
+    async with _executor(target, max_concurrent_batches=2, aggregator=recorder) as executor:
+
+        async def use() -> None:
+            future = executor.execute_model("used")
+            await executor.slot()
+            await future
+            await executor.collective_rpc("rank")
+            await executor.report()
+            await executor.check_health()
+
+        moments = 0
+        while not await _cancelled_at(moments, use()):
+            moments += 1
+            assert await executor.execute_model("next") == "next"
+        assert moments >= 4, "a wait has gone unnoticed"
+        assert recorder.seen == ["used", "next"] * moments + ["used"], recorder.seen
+        assert executor.counters.late + executor.counters.lost == 0
+    before = _resources()
+
+    async def live() -> None:
+        executor = _executor(target, timeouts=_QUICK)
+        try:
+            await executor.start()
+            await executor.execute_model(1)
+        finally:
+            await executor.aclose()
+
+    moments = 0
+    while not await _cancelled_at(moments, live()):
+        moments += 1
+        gc.collect()
+        assert _resources() == before, f"cancelled at suspension {moments}: {_resources()} in place of {before}"
+
+
+async def deadlines(target: Target) -> None:
     """A call past its deadline fails with a report; its late reply goes to nobody; the next call works."""
-    async with _executor(config) as executor:
+    async with _executor(target) as executor:
         began = time.monotonic()
         error = await _raises(StepTimeout, executor.collective_rpc("nap", (0.6,), timeout=0.1), "had not answered")
         assert time.monotonic() - began < 0.1 + 0.5
@@ -175,9 +225,9 @@ async def deadlines(config: Config) -> None:
         assert executor.counters.late + executor.counters.lost == 0
 
 
-async def errors(config: Config) -> None:
+async def errors(target: Target) -> None:
     """What a worker raises arrives typed; what cannot be sent fails alone; the executor stays usable."""
-    async with _executor(config) as executor:
+    async with _executor(target) as executor:
         error = await _raises(WorkerError, executor.collective_rpc("fail"), "LookupError: as asked")
         assert isinstance(error, WorkerError)
         assert (error.remote_type, error.method) == ("LookupError", "fail")
@@ -192,10 +242,10 @@ async def errors(config: Config) -> None:
         assert await executor.execute_model(1) == 1
 
 
-async def inspection(config: Config) -> None:
+async def inspection(target: Target) -> None:
     """Reports come while the ranks' main threads are busy, and the health check tells busy from stuck."""
-    world = ExecutorConfig.of(config).world_size
-    async with _executor(config) as executor:
+    async with _executor(target) as executor:
+        world = executor.config.world_size
         await executor.check_health()
         nap = asyncio.ensure_future(executor.collective_rpc("nap", (0.3,)))
         await asyncio.sleep(0)
@@ -209,10 +259,10 @@ async def inspection(config: Config) -> None:
         await nap
 
 
-async def death(config: Config) -> None:
+async def death(target: Target) -> None:
     """A rank that is killed fails every call at once, by name, and the executor for good."""
-    world = ExecutorConfig.of(config).world_size
-    async with _executor(config, timeouts=_QUICK) as executor:
+    async with _executor(target, timeouts=_QUICK) as executor:
+        world = executor.config.world_size
         if await executor.collective_rpc("pid", ranks=[0]) == [os.getpid()]:
             return  # its rank cannot be killed without this process
         causes: list[Exception] = []
@@ -231,16 +281,16 @@ async def death(config: Config) -> None:
         assert causes == [executor.failure]
 
 
-async def shutdown(config: Config) -> None:
+async def shutdown(target: Target) -> None:
     """Closing lets the calls in flight finish, is bounded by the limits, and may be done again."""
-    executor = _executor(config)
+    executor = _executor(target)
     await executor.start()
     future = executor.execute_model("finishes")
     await executor.aclose()
     assert await future == "finishes"
     await executor.aclose()
     await _raises(ExecutorClosed, executor.collective_rpc("rank"), "closed")
-    stuck = _executor(config, timeouts=_QUICK)
+    stuck = _executor(target, timeouts=_QUICK)
     await stuck.start()
     nap = asyncio.ensure_future(stuck.collective_rpc("nap", (3,)))
     await asyncio.sleep(0)
@@ -251,11 +301,11 @@ async def shutdown(config: Config) -> None:
     await _raises(ExecutorClosed, nap, "aborted")
 
 
-async def leaks(config: Config) -> None:
-    """Ten executors, one after the other, leave no descriptor, task or process behind."""
+async def leaks(target: Target) -> None:
+    """Ten executors, one after the other, leave no descriptor, thread, task or process behind."""
 
     async def cycle() -> None:
-        async with _executor(config) as executor:
+        async with _executor(target) as executor:
             await executor.execute_model(1)
 
     await cycle()
@@ -267,18 +317,33 @@ async def leaks(config: Config) -> None:
     assert _resources() == before
 
 
-CHECKS: Mapping[str, Callable[[Config], Awaitable[None]]] = {
+CHECKS: Mapping[str, Callable[[Target], Awaitable[None]]] = {
     check.__name__: check
-    for check in (order, limits, cancellation, deadlines, errors, inspection, death, shutdown, leaks)
+    for check in (
+        order,
+        limits,
+        cancellation,
+        cancellation_at_every_await,
+        deadlines,
+        errors,
+        inspection,
+        death,
+        shutdown,
+        leaks,
+    )
 }
-"""Every check by name; each takes an executor's configuration, and raises AssertionError."""
+"""Every check by name; each takes an executor's configuration or a factory, and raises AssertionError."""
 
 
-async def check_transport(config: Config) -> None:
-    """Run every check on executors of this configuration; the first broken promise raises AssertionError."""
+async def check_transport(target: Target) -> None:
+    """Run every check on executors of this configuration, or that this factory makes.
+
+    Raises:
+        AssertionError: the first broken promise.
+    """
     for check in CHECKS.values():
         with anyio.fail_after(_BOUND):
-            await check(config)
+            await check(target)
 
 
 async def _await(awaitable: Awaitable[Any]) -> Any:
@@ -296,9 +361,48 @@ async def _raises(kind: type[Exception], awaitable: Awaitable[Any], text: str) -
     return caught
 
 
-def _resources() -> tuple[int, int, int]:
+async def _cancelled_at(moment: int, work: Coroutine[Any, Any, None]) -> bool:
+    """Run `work`, cancelled at its suspension of this number, counted from 0; returns whether it ended before."""
+    task = asyncio.ensure_future(_Suspensions(moment, work).run())
+    await asyncio.wait([task])
+    if task.cancelled():
+        return False
+    task.result()
+    return True
+
+
+class _Suspensions:
+    """Passes a coroutine's suspensions on, and has its task cancelled at one of them."""
+
+    def __init__(self, moment: int, work: Coroutine[Any, Any, None]) -> None:
+        self._moment = moment
+        self._work = work
+
+    async def run(self) -> None:
+        await self
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        resume: Callable[[], Any] = functools.partial(self._work.send, None)
+        for count in itertools.count():
+            try:
+                suspended = resume()
+            except StopIteration:
+                return
+            if count == self._moment and (task := asyncio.current_task()) is not None:
+                task.cancel()
+            try:
+                answer = yield suspended
+            except BaseException as error:  # noqa: BLE001 - the coroutine's to handle, as if it were awaited directly
+                resume = functools.partial(self._work.throw, error)
+            else:
+                resume = functools.partial(self._work.send, answer)
+
+
+def _resources() -> tuple[int, int, int, int]:
+    """Descriptors, threads, tasks and child processes."""
+    threads = [thread for thread in threading.enumerate() if "AnyIO" not in thread.name]  # kept for the loop's next use
     children = [task for task in os.listdir("/proc/self/task") if os.path.exists(f"/proc/self/task/{task}/children")]
-    return len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks()), sum(map(_children, children))
+    return len(os.listdir("/proc/self/fd")), len(threads), len(asyncio.all_tasks()), sum(map(_children, children))
 
 
 def _children(task: str) -> int:

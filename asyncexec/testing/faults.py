@@ -1,29 +1,37 @@
-"""A transport with faults built in, by a seeded schedule."""
+"""A transport with faults built in, by a seeded schedule: frames that go astray, and ranks that die or stop."""
 
 import asyncio
+import contextlib
+import os
 import random
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from asyncexec.config import ExecutorConfig
+from asyncexec.errors import ConfigError
 from asyncexec.transport import KernelState, RankLoss, Transport, TransportEvents
 from asyncexec.wire import Buffer, Frame, FrameKind
 
 
 class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What goes wrong with the replies of the ranks, each with its probability from 0 to 1.
+    """What goes wrong, each with its probability from 0 to 1.
 
     Attributes:
-        seed: the same faults happen to the same sequence of replies.
-        drop: the reply never arrives.
+        seed: the same faults happen to the same sequence of frames of a rank.
+        drop: a frame never arrives.
         double: it arrives twice.
-        delay: it, and what its rank sends after it, arrives up to `delay_limit` seconds later.
-        swap: it arrives after the next reply of its rank.
+        delay: it, and what follows it, arrives up to `delay_limit` seconds later.
+        swap: it arrives after the next frame of its rank.
         cut: its body is cut short, so that it cannot be decoded.
+        calls: whether the above happens to calls on their way to the ranks too, and not to replies alone.
+        kill: with each call sent, a rank of it is killed (SIGKILL).
+        stop: with each call sent, a rank of it is stopped (SIGSTOP), and goes on after `stop_for` seconds.
+        stop_for: seconds.
         delay_limit: seconds.
-        after: replies that arrive whole before faults begin, so that an executor can start.
+        after: frames of a rank, each way, that arrive whole before faults begin, so that an executor can start.
     """
 
     seed: int = 0
@@ -32,12 +40,19 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     delay: float = 0.0
     swap: float = 0.0
     cut: float = 0.0
+    calls: bool = False
+    kill: float = 0.0
+    stop: float = 0.0
+    stop_for: float = 0.05
     delay_limit: float = 0.005
-    after: int = 8
+    after: int = 4
 
 
 def with_faults(transport: type[Transport], faults: Faults) -> type[Transport]:
-    """A transport class that does what `transport` does, with faults; give it to `create_executor`."""
+    """A transport class that does what `transport` does, with faults; give it to `create_executor`.
+
+    Opening it raises ConfigError where ranks are to be killed or stopped and are no processes of their own.
+    """
 
     class Faulty(_FaultyTransport):
         Options = transport.Options
@@ -45,8 +60,7 @@ def with_faults(transport: type[Transport], faults: Faults) -> type[Transport]:
         def __init__(self, config: ExecutorConfig, options: Any, events: TransportEvents) -> None:
             super().__init__(config, options, events)
             self.inner = transport(config, options, self)
-            self.faults = faults
-            self.noise = random.Random(faults.seed)
+            self.begin(faults)
 
     return Faulty
 
@@ -55,22 +69,40 @@ class _FaultyTransport(Transport):
     """Stands between a transport and its executor."""
 
     inner: Transport
-    faults: Faults
-    noise: random.Random
 
-    def __init__(self, config: ExecutorConfig, options: Any, events: TransportEvents) -> None:
-        super().__init__(config, options, events)
-        self._seen = 0
-        self._held: dict[int, Frame] = {}
-        self._arrival = [0.0] * config.world_size
+    def begin(self, faults: Faults) -> None:
+        """Set up what happens on the way to and from each rank."""
+        self._faults = faults
+        self._ends = random.Random(f"{faults.seed} ends")
+        self._calls_sent = 0
+        self._calls = [
+            _Way(faults if faults.calls else Faults(), f"{faults.seed} to {rank}", self._sender(rank))
+            for rank in range(self.config.world_size)
+        ]
+        self._replies = [
+            _Way(faults, f"{faults.seed} from {rank}", self._receiver(rank)) for rank in range(self.config.world_size)
+        ]
 
     async def open(self) -> None:
         """Open the transport."""
         await self.inner.open()
+        if (self._faults.kill or self._faults.stop) and self.inner.kernel_state(0).pid is None:
+            self.inner.abort()
+            await self.inner.close()
+            raise ConfigError("faults.kill and faults.stop need ranks that are processes of their own")
 
     def send(self, frame: Frame, ranks: Sequence[int]) -> None:
-        """Send as the transport does."""
-        self.inner.send(frame, ranks)
+        """Send a frame, or do to it what the schedule says."""
+        if frame.kind is not FrameKind.CALL:
+            self.inner.send(frame, ranks)
+            return
+        for rank in ranks:
+            self._calls[rank].take(frame)
+        self._calls_sent += 1
+        if self._calls_sent > self._faults.after:
+            for probability, harm in ((self._faults.kill, self._kill), (self._faults.stop, self._stop)):
+                if self._ends.random() < probability:
+                    harm(self._ends.choice(ranks))
 
     async def inspect(self, rank: int) -> Buffer:
         """Inspect as the transport does: the side channel has no faults."""
@@ -93,35 +125,76 @@ class _FaultyTransport(Transport):
         self.events.rank_lost(rank, loss)
 
     def frame_received(self, rank: int, frame: Frame) -> None:
-        """Pass a reply on, or do to it what the schedule says."""
-        self._seen += 1
-        if self._seen <= self.faults.after or frame.kind is not FrameKind.REPLY:
-            self._pass_on(rank, frame)
-            return
-        if self._happens(self.faults.drop):
-            return
-        if self._happens(self.faults.cut):
-            frame.body = bytes(frame.body)[: len(frame.body) // 2]
-        if rank not in self._held and self._happens(self.faults.swap):
-            self._held[rank] = frame
-            return
-        self._pass_on(rank, frame)
-        if self._happens(self.faults.double):
-            self._pass_on(rank, frame)
-        if rank in self._held:
-            self._pass_on(rank, self._held.pop(rank))
+        """Pass a frame of a rank on, or do to it what the schedule says."""
+        if frame.kind in (FrameKind.REPLY, FrameKind.DONE):
+            self._replies[rank].take(frame)
+        else:
+            self._replies[rank].pass_on(frame)
 
-    def _pass_on(self, rank: int, frame: Frame) -> None:
-        """Deliver now or later, never before what the rank sent earlier."""
+    def _sender(self, rank: int) -> Callable[[Frame], None]:
+        return lambda frame: self.inner.send(frame, [rank])
+
+    def _receiver(self, rank: int) -> Callable[[Frame], None]:
+        return lambda frame: self.events.frame_received(rank, frame)
+
+    def _kill(self, rank: int) -> None:
+        self._signal(rank, signal.SIGKILL)
+
+    def _stop(self, rank: int) -> None:
+        self._signal(rank, signal.SIGSTOP)
+        asyncio.get_running_loop().call_later(self._faults.stop_for, self._signal, rank, signal.SIGCONT)
+
+    def _signal(self, rank: int, number: signal.Signals) -> None:
+        kernel = self.inner.kernel_state(rank)
+        if kernel.pid is not None and kernel.state != "dead":
+            with contextlib.suppress(ProcessLookupError):  # it ended just now
+                os.kill(kernel.pid, number)
+
+
+class _Way:
+    """Frames to or from one rank."""
+
+    def __init__(self, faults: Faults, seed: str, deliver: Callable[[Frame], None]) -> None:
+        self._faults = faults
+        self._noise = random.Random(seed)
+        self._deliver = deliver
+        self._seen = 0
+        self._held: Frame | None = None
+        self._last_arrival = 0.0
+
+    def take(self, frame: Frame) -> None:
+        """Do to a frame what the schedule says."""
+        self._seen += 1
+        faults = self._faults
+        if self._seen <= faults.after:
+            self.pass_on(frame)
+            return
+        if self._happens(faults.drop):
+            return
+        if self._happens(faults.cut):
+            frame = msgspec.structs.replace(frame, body=bytes(frame.body)[: len(frame.body) // 2])
+        if self._held is None and self._happens(faults.swap):
+            self._held = frame
+            return
+        self.pass_on(frame)
+        if self._happens(faults.double):
+            self.pass_on(msgspec.structs.replace(frame))
+        if self._held is not None:
+            held, self._held = self._held, None
+            self.pass_on(held)
+
+    def pass_on(self, frame: Frame) -> None:
+        """Deliver now or later, never before what was to arrive earlier."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        late = self.noise.uniform(0, self.faults.delay_limit) if self._happens(self.faults.delay) else 0.0
-        self._arrival[rank] = max(self._arrival[rank], now + late)
-        if self._arrival[rank] <= now:
-            self.events.frame_received(rank, frame)
+        late = self._noise.uniform(0, self._faults.delay_limit) if self._happens(self._faults.delay) else 0.0
+        arrival = max(self._last_arrival, now + late)
+        if arrival <= now:
+            self._deliver(frame)
         else:
-            self._arrival[rank] += 1e-4  # the clock's grain must not turn two around
-            loop.call_at(self._arrival[rank], self.events.frame_received, rank, frame)
+            loop.call_at(arrival, self._deliver, frame)
+            arrival += 1e-4  # the clock's grain must not turn two around
+        self._last_arrival = arrival
 
     def _happens(self, probability: float) -> bool:
-        return self.noise.random() < probability
+        return self._noise.random() < probability

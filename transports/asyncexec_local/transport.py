@@ -74,7 +74,9 @@ class LocalTransport(Transport):
         limits = self.config.timeouts
         with anyio.move_on_after(limits.stop + limits.terminate):
             await self._ended.wait()
-        if not self._ended.is_set():
+        if self._ended.is_set():
+            self._thread.join()  # telling of its end was the last thing that it had to do
+        else:
             print("asyncexec: the worker of transport 'local' is stuck; its thread is left behind", file=sys.stderr)
 
     def abort(self) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -116,12 +117,15 @@ class RankProcess:
             lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
             waits_in = Path(f"/proc/{self.pid}/wchan").read_text() if self.running else ""
         except (FileNotFoundError, ProcessLookupError):
-            return KernelState("dead", "no such process")
+            return KernelState("dead", "no such process", self.pid)
         words = next(line for line in lines if line.startswith("State:")).replace("\t", " ")
         letter = words.split()[1]
         if waits_in not in ("", "0"):
             words += f", in {waits_in}"
-        return KernelState("stopped" if letter in "Tt" else "dead" if letter in "ZX" else "running", words)
+        state: Literal["stopped", "dead", "running"] = (
+            "stopped" if letter in "Tt" else "dead" if letter in "ZX" else "running"
+        )
+        return KernelState(state, words, self.pid)
 
     def _exited(self) -> None:
         self._loop.remove_reader(self._pidfd)

@@ -1,6 +1,6 @@
 """The window's rules: single cases, and random histories against laws that always hold."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import settings
@@ -189,7 +189,7 @@ def test_a_skipped_call_that_nobody_explains_ends_with_its_deadline(first: str) 
     window = Window(2, 1, 0)
     call = step(timeout=1)
     window.submit(call, 0)
-    events = [lambda: window.expire(1), lambda: window.skipped(0, 1, 1)]
+    events: list[Callable[[], list[Decision]]] = [lambda: window.expire(1), lambda: window.skipped(0, 1, 1)]
     decisions = [decision for event in (events if first == "deadline" else events[::-1]) for decision in event()]
     assert [c for c, _ in failed(decisions)] == [call]
     assert window.has_room

@@ -9,15 +9,17 @@ The layers, from the bottom; imports go downward only:
     wire  codec  worker  inspection     frames, how values travel, what an engine author writes, what a rank is doing
     transport  runtime                  the Transport contract, and the code that serves a rank on every transport
     registry  window  future            installed transports; calls in flight; what callers hold
-    aggregate  supervision  reporting   merging; whether the ranks are well; telling people
+    connectors  aggregate               merging what the ranks report
+    supervision  reporting              whether the ranks are well; telling people
     executor  submission  driver        the interface, and its one implementation over any transport
     run  cli  demo                      the event loop, the command line, a real engine
 
 The transports live beside this package, each in one of its own: `asyncexec_local`, `asyncexec_nccl`.
 """
 
-from asyncexec.aggregate import Aggregator, AllRanks, FirstRank
+from asyncexec.aggregate import Aggregator, AllRanks, Chain, FirstRank
 from asyncexec.config import ExecutorConfig, Timeouts
+from asyncexec.connectors import ECOutputAggregator, KVOutputAggregator, PendingTransfer
 from asyncexec.driver import create_executor
 from asyncexec.errors import (
     AggregationError,
@@ -40,7 +42,7 @@ from asyncexec.errors import (
 from asyncexec.executor import Executor
 from asyncexec.future import StepFuture, StepTiming
 from asyncexec.inspection import RankReport, Report
-from asyncexec.outputs import DeferredOutput, IntermediateTensors
+from asyncexec.outputs import DeferredOutput, ECConnectorOutput, IntermediateTensors, KVConnectorOutput, ModelOutput
 from asyncexec.run import run
 from asyncexec.worker import ProcessGroups, RankContext, Worker
 
@@ -52,8 +54,11 @@ __all__ = [
     "AllRanks",
     "AsyncExecError",
     "CallError",
+    "Chain",
     "ConfigError",
     "DeferredOutput",
+    "ECConnectorOutput",
+    "ECOutputAggregator",
     "Executor",
     "ExecutorBusy",
     "ExecutorClosed",
@@ -61,7 +66,11 @@ __all__ = [
     "ExecutorFailed",
     "FirstRank",
     "IntermediateTensors",
+    "KVConnectorOutput",
+    "KVOutputAggregator",
+    "ModelOutput",
     "PayloadError",
+    "PendingTransfer",
     "ProcessGroups",
     "RankContext",
     "RankReport",

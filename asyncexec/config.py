@@ -65,7 +65,10 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             async scheduling (as vLLM's executors define it).
         max_queued_steps: further steps that may wait in order; one more raises `ExecutorBusy`.
         max_frame_bytes: the largest message to or from a rank, out-of-band buffers included.
-        aggregator: "first" (the output rank's value), "all" (a list of every rank's), or "module:Class".
+        aggregator: "first" (the output rank's value), "all" (a list of every rank's), "kv" and "ec" (what connectors
+            report, see `asyncexec.connectors`), "module:Class", or several joined by "+".  A table of these by method
+            serves methods that differ, those of `collective_rpc` among them; others are "first" for steps, "all" for
+            the rest.
         timeouts: see `Timeouts`.
         on_timeout: after a call's deadline, "continue" drops the late reply and goes on; "fail" fails the executor.
         options: one table of options per transport, by the transport's name.
@@ -78,7 +81,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     max_concurrent_batches: int = 0
     max_queued_steps: int = 64
     max_frame_bytes: int = 1 << 30
-    aggregator: str = "first"
+    aggregator: str | dict[str, str] = "first"
     timeouts: Timeouts = Timeouts()
     on_timeout: Literal["continue", "fail"] = "continue"
     options: dict[str, dict[str, Any]] = {}

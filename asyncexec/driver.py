@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import msgspec
 
-from asyncexec.aggregate import Aggregator, AllRanks, make_aggregator
+from asyncexec.aggregate import STEP_METHODS, Aggregator, AllRanks, FirstRank, make_aggregators, tell_rank_lost
 from asyncexec.codec import Codec
 from asyncexec.config import ExecutorConfig, convert
 from asyncexec.errors import (
@@ -37,12 +37,13 @@ from asyncexec.runtime import RemoteFailure, WorkerSpec, load_worker_class
 from asyncexec.submission import Reply, Submission
 from asyncexec.supervision import inspect_ranks, require_health
 from asyncexec.transport import RankLoss, Transport
-from asyncexec.window import Call, Complete, Counters, Decision, Fail, Send, Window
+from asyncexec.window import Call, Complete, Counters, Decision, Fail, Send, Take, Window
 from asyncexec.wire import ALL_RANKS, Frame, FrameKind
 
 logger = logging.getLogger("asyncexec")
 
 _ALL = AllRanks()
+_FIRST = FirstRank()
 
 _CENSUS = 32
 """Every so many steps, the ranks whose output is not wanted say that they are done: none of them lags further behind,
@@ -66,7 +67,7 @@ def create_executor(
         config: an ExecutorConfig, or a plain dict of its keys.
         worker: a class, or "module:Class".
         worker_kwargs: keyword arguments for its constructor, beside the rank context.
-        aggregator: merges each step's outputs; None makes the one that `config.aggregator` names.
+        aggregator: merges each step's outputs; None makes what `config.aggregator` names.
         transport: a class to use in place of the one that `config.transport` names, such as one with faults built in.
 
     Raises:
@@ -103,7 +104,11 @@ class Driver(Executor):
         self._spec = WorkerSpec(
             worker_class if by_value else worker, dict(worker_kwargs), self._codec.fingerprint, config.max_frame_bytes
         )
-        self._aggregator = aggregator or make_aggregator(config.aggregator)
+        self._aggregators = make_aggregators(config.aggregator)
+        if aggregator is not None and not isinstance(aggregator, Aggregator):
+            raise ConfigError(f"aggregator is {aggregator!r}; valid: an object with the methods of Aggregator")
+        if aggregator is not None:
+            self._aggregators |= dict.fromkeys(STEP_METHODS, aggregator)
         self._window = Window(config.world_size, config.max_concurrent_batches, config.max_queued_steps)
         if transport is None:
             transport = load_transport(config.transport)
@@ -250,13 +255,14 @@ class Driver(Executor):
         if not isinstance(method, str) and not callable(method):
             raise ConfigError(f"method is {method!r}; valid: the name of a method, or a callable")
         if aggregate is not None and not isinstance(aggregate, Aggregator):
-            raise ConfigError(f"aggregate is {aggregate!r}; valid: an object with `needs_all_ranks` and `aggregate`")
+            raise ConfigError(f"aggregate is {aggregate!r}; valid: an object with the methods of Aggregator")
         name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
         limit = self._config.timeouts.for_method(name, step=False) if timeout is None else timeout
         submitted = time.monotonic_ns()
         frame = self._encode(name, method, args, kwargs or {})
-        results = await self._submit(frame, name, targets, aggregate or _ALL, limit, submitted=submitted)
-        if aggregate is None and ranks is not None:
+        aggregator = aggregate or (self._aggregators.get(name, _ALL) if name not in STEP_METHODS else _ALL)
+        results = await self._submit(frame, name, targets, aggregator, limit, submitted=submitted)
+        if aggregator is _ALL and ranks is not None:
             by_rank = dict(zip(sorted(targets), results, strict=True))
             return [by_rank[rank] for rank in targets]
         return results
@@ -265,9 +271,8 @@ class Driver(Executor):
         submitted = time.monotonic_ns()
         frame = self._encode(method, method, args, {})
         limit = self._config.timeouts.for_method(method, step=True) if timeout is None else timeout
-        return self._submit(
-            frame, method, self._ranks, self._aggregator, limit, slot=slot, ordered=True, submitted=submitted
-        )
+        aggregator = self._aggregators.get(method, _FIRST)
+        return self._submit(frame, method, self._ranks, aggregator, limit, slot=slot, ordered=True, submitted=submitted)
 
     def _encode(
         self, name: str, target: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -300,18 +305,19 @@ class Driver(Executor):
         wanted = ranks if aggregator.needs_all_ranks else (output_rank,)
         frame.reply_to = ALL_RANKS if aggregator.needs_all_ranks else output_rank
         encoded = time.monotonic_ns()
-        submission = Submission(frame, StepFuture(self._loop), aggregator, output_rank, submitted or encoded, encoded)
+        future: StepFuture[Any] = StepFuture(self._loop)
+        submission = Submission(frame, future, aggregator, ranks, output_rank, submitted or encoded, encoded)
         call = Call(method, ranks, wanted, slot, ordered, timeout, submission)
         if slot and not aggregator.needs_all_ranks:
             self._steps += 1
             if self._steps % _CENSUS == 0:
                 frame.acknowledge, call.acknowledging = True, self._others
         decisions = self._window.submit(call, self._loop.time())
-        submission.future.call_id = frame.call_id = call.call_id
+        future.call_id = frame.call_id = call.call_id
         frame.epoch = call.epoch
         self._carry_out(decisions)
         self._arm_timer()
-        return submission.future
+        return future
 
     # ---------------------------------------------------------------------------------------------- observing
 
@@ -365,6 +371,8 @@ class Driver(Executor):
 
     def rank_lost(self, rank: int, loss: RankLoss) -> None:
         """A rank ended by itself; called by the transport.  Without it no call can complete: the executor fails."""
+        for aggregator in self._aggregators.values():
+            tell_rank_lost(aggregator, rank)
         last = self._window.last_sent(rank)
         died = functools.partial(_worker_died, rank, loss, f"{last.method}, call {last.call_id}" if last else "none")
         self._fail(died(), died)
@@ -452,11 +460,13 @@ class Driver(Executor):
     def _carry_out_one(self, decision: Decision) -> None:
         submission: Submission = decision.call.content
         if isinstance(decision, Send):
-            submission.send_began = time.monotonic_ns()
+            submission.begin(decision.call)
             self._transport.send(submission.frame, decision.call.ranks)
             submission.send_ended = time.monotonic_ns()
+        elif isinstance(decision, Take):
+            submission.take(decision.call, decision.rank, decision.output, self._codec)
         elif isinstance(decision, Complete):
-            submission.complete(decision.call, self._codec)
+            submission.complete(decision.call)
         else:
             self._failed_calls.append((decision.call.epoch, decision.call.call_id))
             if isinstance(decision.error, StepTimeout):

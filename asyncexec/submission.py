@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -35,43 +36,67 @@ class Submission(msgspec.Struct, eq=False):
         frame: the encoded call.
         future: what the caller holds.
         aggregator: merges the outputs.
-        output_rank: as the aggregator is told.
+        ranks: where the call runs.
+        output_rank: the one whose output is the call's own.
         submitted, encoded, send_began, send_ended: when, in nanoseconds of CLOCK_MONOTONIC.
+        partial: the aggregator's own, what has been merged so far.
+        output: of `output_rank`, once it is there.
+        error: the first error of decoding or merging.
+        last: the reply that came last.
     """
 
     frame: Frame
     future: StepFuture[Any]
     aggregator: Aggregator
+    ranks: Sequence[int]
     output_rank: int
     submitted: int
     encoded: int
     send_began: int = 0
     send_ended: int = 0
+    partial: Any = None
+    output: Any = None
+    error: CallError | None = None
+    last: Reply | None = None
 
-    def complete(self, call: Call, codec: Codec) -> None:
-        """Decode and merge `call.outputs`; answer the caller unless it has been answered already."""
-        outputs: dict[int, Any] = {}
-        error: CallError | None = None
+    def begin(self, call: Call) -> None:
+        """The call is about to be sent."""
+        self.send_began = time.monotonic_ns()
+        try:
+            self.partial = self.aggregator.begin(self.ranks)
+        except Exception as cause:  # noqa: BLE001 - an aggregator may be anybody's code, and raise anything
+            self.error = _error(AggregationError, "the aggregator raised", call, cause)
+
+    def take(self, call: Call, rank: int, reply: Reply, codec: Codec) -> None:
+        """Decode a rank's output, and merge it with those that are there."""
+        self.last, frame = reply, reply.frame
+        try:
+            output = codec.decode_result(Payload(frame.method, frame.body, frame.buffers))
+        except Exception as cause:  # noqa: BLE001 - decoding runs code of the worker's author, which may raise anything
+            self.error = self.error or _error(PayloadError, "the result cannot be decoded", call, cause)
+            return
+        if rank == self.output_rank:
+            self.output = output
+        try:
+            self.aggregator.add(self.partial, rank, output)
+        except Exception as cause:  # noqa: BLE001 - as above
+            self.error = self.error or _error(AggregationError, "the aggregator raised", call, cause)
+
+    def complete(self, call: Call) -> None:
+        """Have the aggregator finish, and answer the caller unless it has been answered already."""
+        decoded = time.monotonic_ns()
+        failed = call.answered or self.error is not None or not call.has_outputs
         result: Any = None
         try:
-            for rank, reply in call.outputs.items():
-                frame = reply.frame
-                outputs[rank] = codec.decode_result(Payload(frame.method, frame.body, frame.buffers))
-        except Exception as cause:  # noqa: BLE001 - decoding runs code of the worker's author, which may raise anything
-            error = _error(PayloadError, "the result cannot be decoded", call, cause)
-        decoded = time.monotonic_ns()
-        if error is None:
-            try:
-                result = self.aggregator.aggregate(outputs, self.output_rank)
-            except Exception as cause:  # noqa: BLE001 - so does aggregating
-                error = _error(AggregationError, "the aggregator raised", call, cause)
+            result = self.aggregator.finish(self.partial, self.output, failed)
+        except Exception as cause:  # noqa: BLE001 - as above
+            self.error = self.error or _error(AggregationError, "the aggregator raised", call, cause)
         if call.answered:
             return
-        if error is not None:
-            self.future.set_exception(error)
-        else:
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        elif (last := self.last) is not None:
             # numbers alone: a reference to this submission would tie it and its future into a cycle
-            last: Reply = next(reversed(call.outputs.values()))
             marks = (self.submitted, self.encoded, self.send_began, self.send_ended)
             remote = (last.rank_free, last.frame.started_ns, last.frame.ended_ns, last.received)
             self.future.set_result(result, functools.partial(_timing, *marks, *remote, decoded, time.monotonic_ns()))

@@ -1,7 +1,7 @@
 """The window: which calls wait, run and are done.  A plain state machine, without I/O, clock or asyncio.
 
 Events go in by the methods of `Window`; each returns the decisions that follow, in the order to carry them out:
-`Send` a call to its ranks, `Complete` it with the outputs that its ranks replied, or `Fail` it.
+`Send` a call to its ranks, `Take` what a rank replied, `Complete` the call when all have, or `Fail` its caller.
 
 The rules:
 
@@ -13,7 +13,8 @@ The rules:
   only then is its slot free, for only then are its ranks.
 - A deadline fails the caller, not the ranks: the call still completes when its replies come, and is then counted by
   the aggregator as any other.
-- Ordered calls (steps) complete in the order of submission.
+- Ordered calls (steps) complete in the order of submission: each that was sent exactly once, also one that failed,
+  for what its other ranks had to say must not be lost.
 """
 
 import collections
@@ -49,7 +50,7 @@ class Call(msgspec.Struct, eq=False):
         content: the caller's own; the window does not look at it.
         call_id: counted from 1 by the window.
         epoch: which set of ranks it was sent to.
-        outputs: what the ranks replied so far, by rank, in the order of arrival.
+        taken: how many of the wanted outputs are there.
         owing: the ranks whose reply is still to come.
         error: the first error of a rank; later ones are in its `others`.
         answered: whether the caller has been given the result or an error.
@@ -66,11 +67,17 @@ class Call(msgspec.Struct, eq=False):
     call_id: int = 0
     epoch: int = 0
     state: CallState = CallState.QUEUED
-    outputs: dict[int, Any] = {}
+    taken: int = 0
     owing: set[int] = set()
     error: CallError | None = None
     skipped: bool = False
     answered: bool = False
+    was_sent: bool = False
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether every wanted output is there, and nothing failed."""
+        return self.error is None and self.taken == len(self.wanted)
 
 
 class Send(msgspec.Struct, frozen=True, eq=False):
@@ -79,8 +86,16 @@ class Send(msgspec.Struct, frozen=True, eq=False):
     call: Call
 
 
+class Take(msgspec.Struct, frozen=True, eq=False):
+    """Merge what a rank replied into what the others replied; they come in any order."""
+
+    call: Call
+    rank: int
+    output: Any
+
+
 class Complete(msgspec.Struct, frozen=True, eq=False):
-    """Every wanted output is there: merge `call.outputs`, and answer the caller unless `call.answered` already."""
+    """No more replies will come.  Answer the caller unless `call.answered`: then the call failed or came too late."""
 
     call: Call
 
@@ -92,7 +107,7 @@ class Fail(msgspec.Struct, frozen=True, eq=False):
     error: AsyncExecError
 
 
-Decision: TypeAlias = Send | Complete | Fail
+Decision: TypeAlias = Send | Take | Complete | Fail
 
 
 class Counters(msgspec.Struct):
@@ -192,7 +207,8 @@ class Window:
             self.counters.late += call is not None
             return decisions
         call.owing.discard(rank)
-        call.outputs[rank] = output
+        call.taken += 1
+        decisions.append(Take(call, rank, output))
         return self._after_reply(call, decisions)
 
     def acknowledged(self, rank: int, call_id: int, epoch: int) -> list[Decision]:
@@ -241,14 +257,15 @@ class Window:
     def fail(self, error_for: Callable[[Call], AsyncExecError]) -> list[Decision]:
         """Forget all calls, for their ranks are gone, and begin a new epoch.
 
-        Calls whose outputs are all there complete; every other caller that waits gets its error.
+        Calls whose outputs are all there complete; every other caller that waits gets its error, and what the ranks
+        had replied so far counts as a call that failed.
         """
         decisions: list[Decision] = []
         for call in self._open.values():
-            if call.state is CallState.SETTLED and _has_outputs(call):
-                decisions.append(Complete(call))
-            elif not call.answered:
+            if not (call.state is CallState.SETTLED and call.has_outputs) and not call.answered:
                 decisions.append(self._answer(call, error_for(call)))
+            if call.was_sent:
+                decisions.append(Complete(call))
             call.state = CallState.SETTLED
         self.epoch += 1
         self._running = self._waiting_for_slot = 0
@@ -267,7 +284,7 @@ class Window:
             call = self._queue.popleft()
             self._waiting_for_slot -= call.slot
             self._running += call.slot
-            call.state = CallState.SENT
+            call.state, call.was_sent = CallState.SENT, True
             for ranks in (call.wanted, call.acknowledging):
                 call.owing.update(ranks)
                 for rank in ranks:
@@ -331,11 +348,7 @@ class Window:
 
     def _finish(self, call: Call) -> list[Decision]:
         del self._open[call.call_id]
-        return [Complete(call)] if _has_outputs(call) else []
-
-
-def _has_outputs(call: Call) -> bool:
-    return call.error is None and len(call.outputs) == len(call.wanted)
+        return [Complete(call)] if call.was_sent else []
 
 
 def _timeout_error(call: Call) -> StepTimeout:

@@ -67,7 +67,7 @@ async def test_no_fault_brings_a_reply_to_the_wrong_call(layout: dict[str, Any],
             await asyncio.gather(*(step(n + k) for k in range(40)))
         counters = executor.counters
     assert outcomes.total() == 240
-    assert outcomes["right"] > 100
+    assert outcomes["right"] > (20 if calls else 100)  # a lost acknowledgement holds up the steps behind it
     assert outcomes["ReplyLost"] > 0
     assert outcomes["PayloadError"] > 0
     assert (outcomes["WorkerError"] > 0) == calls  # a call that was cut cannot be decoded

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 import anyio
@@ -14,6 +13,7 @@ import workers
 
 from asyncexec import (
     AggregationError,
+    AllRanks,
     ConfigError,
     Executor,
     ExecutorBusy,
@@ -27,7 +27,9 @@ from asyncexec import (
     WorkerStartError,
     create_executor,
 )
+from asyncexec.registry import load_transport
 from asyncexec.testing import Recorder
+from asyncexec.wire import Frame, FrameKind
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 Layout = dict[str, Any]
@@ -104,16 +106,38 @@ async def test_aggregators(layout: Layout, world_size: int) -> None:
         assert outputs[executor_output_rank(layout)] == 1
         assert len(outputs) == world_size
 
-    class Broken:
-        needs_all_ranks = True
 
-        def aggregate(self, outputs_by_rank: Mapping[int, Any], output_rank: int) -> Any:
+@pytest.mark.parametrize("method", ["begin", "add", "finish"])
+async def test_an_aggregator_that_raises_fails_its_step_alone(layout: Layout, world_size: int, method: str) -> None:
+    class Broken(AllRanks):
+        fails = True
+
+    def fail(self: Broken, *args: Any) -> Any:
+        if Broken.fails:
             raise ZeroDivisionError("cannot merge")
+        return getattr(AllRanks, method)(self, *args)
 
-    async with create_executor(layout, workers.EchoWorker, aggregator=Broken()) as executor:
+    setattr(Broken, method, fail)
+    broken = Broken()
+    async with create_executor(layout, workers.EchoWorker) as executor:
         with pytest.raises(AggregationError, match="ZeroDivisionError: cannot merge"):
-            await executor.execute_model(1)
-        assert await executor.collective_rpc("rank") == list(range(world_size))
+            await executor.collective_rpc("rank", aggregate=broken)
+        Broken.fails = False
+        assert await executor.collective_rpc("rank", aggregate=broken) == list(range(world_size))
+
+
+async def test_aggregators_by_method(layout: Layout, world_size: int) -> None:
+    by_method = {"execute_model": "all", "rank": "first"}
+    async with echo(layout, aggregator=by_method) as executor:
+        assert len(await executor.execute_model(1)) == world_size
+        assert await executor.sample_tokens(1) == 101
+        assert await executor.collective_rpc("rank") == executor_output_rank(layout)
+        assert await executor.collective_rpc("pid", aggregate=AllRanks()) == await executor.collective_rpc("pid")
+
+
+def test_an_object_that_is_no_aggregator_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"aggregator is .*; valid: an object with the methods of Aggregator"):
+        create_executor({"transport": "local"}, workers.EchoWorker, aggregator="first")  # type: ignore[arg-type]
 
 
 def executor_output_rank(layout: Layout) -> int:
@@ -372,3 +396,31 @@ async def test_a_rank_that_exits_fails_everything(layout: Layout, world_size: in
         assert causes == late == [executor.failure]
         with pytest.raises(ExecutorFailed, match="exited with status 3"):
             executor.execute_model(3)
+
+
+@pytest.mark.parametrize(("aggregator", "replies"), [("first", 1), ("kv", 4)])
+async def test_ranks_whose_outputs_nobody_needs_send_none(aggregator: str, replies: int) -> None:
+    received: list[tuple[FrameKind, int]] = []
+
+    class Counting(load_transport("nccl")):  # type: ignore[misc]
+        def __init__(self, config: Any, options: Any, events: Any) -> None:
+            super().__init__(config, options, self)
+            self.told = events
+
+        def frame_received(self, rank: int, frame: Frame) -> None:
+            received.append((frame.kind, rank))
+            self.told.frame_received(rank, frame)
+
+        def rank_lost(self, rank: int, loss: Any) -> None:
+            self.told.rank_lost(rank, loss)
+
+    layout = {"transport": "nccl", "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "aggregator": aggregator}
+    config = layout | {"options": {"nccl": {"backend": "none"}}}
+    async with create_executor(config, workers.EchoWorker, transport=Counting) as executor:
+        await executor.collective_rpc("rank")
+        received.clear()
+        for n in range(10):
+            await executor.execute_model(n)
+        await executor.collective_rpc("rank", ranks=[2])
+    assert len(received) == 10 * replies + 1
+    assert {rank for _, rank in received} == ({2} if replies == 1 else {0, 1, 2, 3})

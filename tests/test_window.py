@@ -1,6 +1,7 @@
 """The window's rules: single cases, and random histories against laws that always hold."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from asyncexec.errors import AsyncExecError, CallError, ExecutorBusy, ExecutorClosed, ReplyLost, StepTimeout
-from asyncexec.window import Call, CallState, Complete, Decision, Fail, Send, Window
+from asyncexec.window import Call, CallState, Complete, Decision, Fail, Send, Take, Window
 
 
 def step(wanted: Sequence[int] = (0,), ranks: Sequence[int] = (0, 1), timeout: float | None = None) -> Call:
@@ -27,6 +28,10 @@ def completed(decisions: list[Decision]) -> list[Call]:
     return [d.call for d in decisions if isinstance(d, Complete)]
 
 
+def taken(decisions: list[Decision]) -> list[tuple[Call, int, Any]]:
+    return [(d.call, d.rank, d.output) for d in decisions if isinstance(d, Take)]
+
+
 def failed(decisions: list[Decision]) -> list[tuple[Call, AsyncExecError]]:
     return [(d.call, d.error) for d in decisions if isinstance(d, Fail)]
 
@@ -40,7 +45,7 @@ def test_slots_bound_what_runs_and_the_queue_what_waits() -> None:
     decisions = window.replied(0, 1, 1, "a")
     assert completed(decisions) == [calls[0]]
     assert sent(decisions) == [calls[2]]
-    assert calls[0].outputs == {0: "a"}
+    assert taken(decisions) == [(calls[0], 0, "a")]
 
 
 def test_what_is_submitted_later_does_not_overtake() -> None:
@@ -57,7 +62,7 @@ def test_steps_complete_in_order() -> None:
     window.submit(every, 0)
     window.submit(first_only, 0)
     window.replied(0, 1, 1, None)
-    assert window.replied(0, 2, 1, None) == []  # done, but the step before is not
+    assert completed(window.replied(0, 2, 1, None)) == []  # done, but the step before is not
     assert completed(window.replied(1, 1, 1, None)) == [every, first_only]
 
 
@@ -73,7 +78,8 @@ def test_a_step_that_waits_for_an_earlier_one_keeps_its_deadline_and_is_not_forg
     assert call is timed
     assert "those of a call before it had not" in str(error)
     decisions = window.fail(lambda call: ExecutorClosed("closed"))
-    assert completed(decisions) == [timed, held]
+    assert completed(decisions) == [stuck, timed, held]
+    assert [call.has_outputs for call in completed(decisions)] == [False, True, True]
     assert [call for call, _ in failed(decisions)] == [stuck]
 
 
@@ -88,6 +94,8 @@ def test_the_first_error_fails_the_call_and_the_slot_waits_for_the_rest() -> Non
     assert sent(decisions) == []
     decisions = window.errored(0, 1, 1, errors[1])
     assert failed(decisions) == []
+    assert completed(decisions) == [call], "the aggregator must hear of what others had to say"
+    assert not call.has_outputs
     assert errors[0].others == [errors[1]]
     assert sent(decisions) == [following]
 
@@ -98,7 +106,8 @@ def test_an_error_of_a_rank_that_owes_nothing_fails_the_call() -> None:
     window.submit(call, 0)
     error = CallError("unasked")
     assert failed(window.errored(1, 1, 1, error)) == [(call, error)]
-    assert completed(window.replied(0, 1, 1, None)) == []
+    assert completed(window.replied(0, 1, 1, None)) == [call]
+    assert not call.has_outputs
     assert window.has_room
 
 
@@ -143,7 +152,8 @@ def test_a_later_reply_proves_an_earlier_one_lost() -> None:
     [(call, error)] = failed(decisions)
     assert call is lost
     assert isinstance(error, ReplyLost)
-    assert completed(decisions) == [answered]
+    assert completed(decisions) == [lost, answered]
+    assert not lost.has_outputs
     assert window.replied(0, 1, 1, "a") == []
     assert (window.counters.lost, window.counters.late) == (1, 1)
 
@@ -176,12 +186,11 @@ def test_an_acknowledged_call_is_done_when_everybody_is() -> None:
     call.acknowledging = (1,)
     window.submit(call, 0)
     assert window.acknowledged(0, 1, 1) == []  # its output is owed
-    assert window.replied(0, 1, 1, "a") == []
+    assert taken(window.replied(0, 1, 1, "a")) == [(call, 0, "a")]
     assert not window.has_room
     assert window.replied(1, 1, 1, "b") == []  # its output is not wanted
     assert window.counters.late == 2
     assert completed(window.acknowledged(1, 1, 1)) == [call]
-    assert call.outputs == {0: "a"}
 
 
 @pytest.mark.parametrize("first", ["deadline", "skipped"])
@@ -206,6 +215,7 @@ class Histories(RuleBasedStateMachine):
         self.calls: list[Call] = []
         self.at_rank: list[list[Call]] = [[] for _ in range(world)]
         self.sent: list[Call] = []
+        self.taken: list[tuple[Call, int]] = []
         self.completed: list[Call] = []
         self.answers: dict[Call, int] = {}
 
@@ -216,9 +226,14 @@ class Histories(RuleBasedStateMachine):
                 self.sent.append(call)
                 for rank in call.ranks:
                     self.at_rank[rank].append(call)
+            elif isinstance(decision, Take):
+                self.taken.append((call, decision.rank))
+                assert decision.rank in call.wanted
+                assert call not in self.completed, "a reply came after the end"
             else:
                 if isinstance(decision, Complete):
-                    assert set(call.outputs) == set(call.wanted)
+                    assert call in self.sent
+                    assert call.answered or {rank for c, rank in self.taken if c is call} == set(call.wanted)
                     self.completed.append(call)
                 if isinstance(decision, Fail) or not call.answered:
                     self.answers[call] = self.answers.get(call, 0) + 1
@@ -303,6 +318,9 @@ class Histories(RuleBasedStateMachine):
                 self.answer(rank, self.at_rank[rank].pop(0))
         self.note(self.window.fail(lambda call: ExecutorClosed("the end")))
         assert set(self.answers) == set(self.calls), "a caller was never answered"
+        assert len(self.taken) == len(set(self.taken)), "a reply was taken twice"
+        assert len(self.completed) == len(self.sent), "a call that was sent was not completed, or twice"
+        assert set(self.completed) == set(self.sent)
         assert not self.window.in_flight + self.window.queued
 
 

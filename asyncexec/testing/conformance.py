@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import anyio
@@ -114,10 +114,18 @@ class Recorder(FirstRank):
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
-    def aggregate(self, outputs_by_rank: Mapping[int, Any], output_rank: int) -> Any:
+    def begin(self, ranks: Sequence[int]) -> list[Any]:
+        """No output yet."""
+        return []
+
+    def add(self, partial: list[Any], rank: int, output: Any) -> None:
+        """Keep it until it is the step's turn."""
+        partial.append(output)
+
+    def finish(self, partial: list[Any], output: Any, failed: bool) -> Any:
         """Note the output, and return it."""
-        self.seen.append(outputs_by_rank[output_rank])
-        return super().aggregate(outputs_by_rank, output_rank)
+        self.seen += partial
+        return output
 
 
 def _executor(target: Target, aggregator: Aggregator | None = None, **changes: Any) -> Executor:

@@ -91,6 +91,10 @@ class _FaultyTransport(Transport):
             await self.inner.close()
             raise ConfigError("faults.kill and faults.stop need ranks that are processes of their own")
 
+    def refusal(self, frame: Frame, ranks: Sequence[int]) -> str | None:
+        """Ask the transport."""
+        return self.inner.refusal(frame, ranks)
+
     def send(self, frame: Frame, ranks: Sequence[int]) -> None:
         """Send a frame, or do to it what the schedule says."""
         if frame.kind is not FrameKind.CALL:

@@ -28,11 +28,14 @@ class IntermediateTensors(msgspec.Struct, Generic[T], frozen=True):
 
     Attributes:
         tensors: name to tensor, any shape and dtype, on the rank's device.
+        replicated: names of tensors that are the same on all tensor-parallel ranks of the stage.  Where they travel
+            from GPU to GPU, each rank sends a part of them, and the next stage's ranks put the parts together.
         output: what this rank reports to the aggregator, as if it had returned it; None is no report.
     """
 
     tensors: Mapping[str, Any]
     output: T | None = None
+    replicated: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Any:
         """The tensor called `name`; raises KeyError when there is none."""

@@ -278,7 +278,7 @@ class _Stage:
                 f"{type(output).__qualname__}; every stage but the last returns IntermediateTensors"
             )
         with self._activity.transfer("send_intermediate, to the next pipeline stage"):
-            self._link.send_intermediate(self._call_id, output.tensors)
+            self._link.send_intermediate(self._call_id, output.tensors, output.replicated)
         self._next_waits = False
         return output.output
 

@@ -147,8 +147,16 @@ class RankLink(abc.ABC):
         """From now on have `describe` called whenever the driver inspects this rank, beside the main thread."""
 
     @abc.abstractmethod
-    def send_intermediate(self, call_id: int, tensors: Mapping[str, Any] | None) -> None:
-        """Hand tensors to the next pipeline stage, or None to say that this stage has none because it failed."""
+    def send_intermediate(
+        self, call_id: int, tensors: Mapping[str, Any] | None, replicated: frozenset[str] = frozenset()
+    ) -> None:
+        """Hand tensors to the next pipeline stage, or None to say that this stage has none because it failed.
+
+        Args:
+            call_id: of the step.
+            tensors: by name.
+            replicated: which of them are the same on all tensor-parallel ranks: a part of each will do.
+        """
 
     @abc.abstractmethod
     def receive_intermediate(self, call_id: int) -> Mapping[str, Any] | None:

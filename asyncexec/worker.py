@@ -26,7 +26,7 @@ class RankContext:
 
     Attributes:
         rank: 0 to world_size - 1 over all hosts.
-        local_rank: the rank's number on its own host; the index of its GPU there.
+        local_rank: the rank's number on its own host.
         world_size: tensor_parallel_size * pipeline_parallel_size.
         device: a torch device string, "cpu" or "cuda:<index>".
         groups: the process groups that the transport made.

@@ -141,7 +141,9 @@ class _LocalLink(RankLink):
     def answer_inspections(self, describe: Callable[[], bytes]) -> None:
         self.describe = describe
 
-    def send_intermediate(self, call_id: int, tensors: Mapping[str, Any] | None) -> None:
+    def send_intermediate(
+        self, call_id: int, tensors: Mapping[str, Any] | None, replicated: frozenset[str] = frozenset()
+    ) -> None:
         raise ConfigError("transport 'local' has one pipeline stage")
 
     def receive_intermediate(self, call_id: int) -> Mapping[str, Any] | None:

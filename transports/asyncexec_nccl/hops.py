@@ -30,8 +30,10 @@ class HopSender:
         self._waiting: queue.Queue[list[Buffer]] = queue.Queue()
         self._thread: threading.Thread | None = None
 
-    def send(self, call_id: int, tensors: Mapping[str, Any] | None) -> None:
+    def send(self, call_id: int, tensors: Mapping[str, Any] | None, replicated: frozenset[str] = frozenset()) -> None:
         """Send a step's tensors, or None to say that there are none; they may be overwritten afterwards.
+
+        They go whole, `replicated` or not: through host memory, putting parts together would cost more.
 
         Raises:
             PayloadError: they are larger than a frame may be; nothing was sent.
@@ -43,6 +45,10 @@ class HopSender:
             frame = Frame(FrameKind.CALL, call_id, body=body, buffers=buffers)
             if refusal := frame.refusal(self._max_frame_bytes):
                 raise PayloadError(f"the intermediate tensors {refusal}")
+        self.write(frame)
+
+    def write(self, frame: Frame) -> None:
+        """Write a frame, the part that does not fit later on."""
         pieces = frame.pack()
         try:
             rest = pieces if self._waiting.unfinished_tasks else self._stream.send_what_fits(pieces)
@@ -84,12 +90,20 @@ class HopReceiver:
         """Block until the step's tensors are there; None when there will be none."""
         while (frame := self._next()) is not None:
             if frame.call_id < call_id:
-                continue  # of a step that this stage could not run
+                self.drop(frame)
+                continue
             if frame.call_id > call_id:
                 self._early = frame  # the previous stage did not run this step
                 return None
-            return None if frame.kind is FrameKind.SKIPPED else decode_tensors(frame.body, frame.buffers, self._device)
+            return None if frame.kind is FrameKind.SKIPPED else self.take(frame)
         return None
+
+    def take(self, frame: Frame) -> Mapping[str, Any]:
+        """The tensors of a frame."""
+        return decode_tensors(frame.body, frame.buffers, self._device)
+
+    def drop(self, frame: Frame) -> None:
+        """Do without a frame of a step that this stage could not run."""
 
     def _next(self) -> Frame | None:
         if self._early is not None:

@@ -30,6 +30,8 @@ class RankLaunch(msgspec.Struct, frozen=True):
         driver_pid: the process without which the rank ends.
         rank, tensor_parallel_size, pipeline_parallel_size: its place.
         backend: "nccl", "gloo", "none" or "auto".
+        devices: the GPU of each rank, by its index among the visible ones; None is the rank's own number.
+        collective_timeout: seconds after which an operation of a process group counts as stuck.
         max_frame_bytes: of the configuration.
         control: file descriptor of its socket to the driver.
         side: file descriptor of the socket over which the driver inspects it.
@@ -43,6 +45,8 @@ class RankLaunch(msgspec.Struct, frozen=True):
     tensor_parallel_size: int
     pipeline_parallel_size: int
     backend: str
+    devices: list[int] | None
+    collective_timeout: float
     max_frame_bytes: int
     control: int
     side: int

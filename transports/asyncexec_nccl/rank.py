@@ -12,12 +12,13 @@ from typing import Any
 
 import msgspec
 
-from asyncexec.errors import ConfigError
-from asyncexec.process_groups import join_groups, leave_groups
+from asyncexec.process_groups import StagePairs, join_groups, join_pairs, leave_groups, warm_up
 from asyncexec.runtime import RankRuntime
 from asyncexec.transport import RankLink
 from asyncexec.wire import Frame, FrameKind
 from asyncexec.worker import ProcessGroups, RankContext
+from asyncexec_nccl.devices import choose_backend, choose_device
+from asyncexec_nccl.gpu_hops import GpuHopReceiver, GpuHopSender, SideStream
 from asyncexec_nccl.hops import HopReceiver, HopSender
 from asyncexec_nccl.process import RankLaunch
 from asyncexec_nccl.stream import RankStream
@@ -47,6 +48,8 @@ class _SocketLink(RankLink):
         self._stream = self._open(launch.control)
         self._side = self._open(launch.side)
         self._groups = ProcessGroups()
+        self._previous: HopReceiver | None = None
+        self._next: HopSender | None = None
 
     def _open(self, descriptor: int) -> RankStream:
         os.set_inheritable(descriptor, False)
@@ -65,20 +68,20 @@ class _SocketLink(RankLink):
         launch = self._launch
         size = launch.tensor_parallel_size
         world_size = size * launch.pipeline_parallel_size
-        device = "cpu"
-        if launch.backend != "none":
-            backend = choose_backend(launch.backend, world_size)
-            if backend == "nccl":
-                device = f"cuda:{launch.rank}"
-                importlib.import_module("torch").cuda.set_device(device)
-            else:
-                # ranks of one host meet on the loopback interface, whatever the host's name resolves to
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            self._groups = join_groups(backend, launch.rank, size, launch.pipeline_parallel_size, self._open_store)
-        if launch.previous >= 0:
-            self._previous = HopReceiver(self._open(launch.previous), device)
-        if launch.next >= 0:
-            self._next = HopSender(self._open(launch.next), launch.max_frame_bytes)
+        backend = choose_backend(launch.backend, world_size, launch.devices)
+        device = choose_device(backend, launch.rank, launch.devices)
+        if backend == "gloo":
+            # ranks of one host meet on the loopback interface, whatever the host's name resolves to
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        stages = launch.pipeline_parallel_size
+        limit = launch.collective_timeout
+        self._groups = join_groups(backend, launch.rank, size, stages, self._open_store, limit)
+        if backend == "nccl" and world_size > 1:
+            pairs = join_pairs(launch.rank, size, stages, limit)
+            warm_up(self._groups, pairs, device)
+            self._connect_stages(pairs, device)
+        else:
+            self._connect_stages(None, device)
         return RankContext(
             rank=launch.rank,
             local_rank=launch.rank,
@@ -90,6 +93,23 @@ class _SocketLink(RankLink):
             device=device,
             groups=self._groups,
         )
+
+    def _connect_stages(self, pairs: StagePairs | None, device: str) -> None:
+        """Make the ways to the neighbouring stages: by NCCL where there are pairs, else through host memory."""
+        launch, size = self._launch, self._launch.tensor_parallel_size
+        previous = self._open(launch.previous) if launch.previous >= 0 else None
+        following = self._open(launch.next) if launch.next >= 0 else None
+        if pairs is None:
+            self._previous = HopReceiver(previous, device) if previous else None
+            self._next = HopSender(following, launch.max_frame_bytes) if following else None
+            return
+        side = SideStream(device)
+        if previous:
+            group = self._groups.tensor_parallel
+            self._previous = GpuHopReceiver(previous, device, pairs.previous, side, group, size)
+        if following:
+            limit, part = launch.max_frame_bytes, launch.rank % size
+            self._next = GpuHopSender(following, limit, pairs.next, side, device, part, size)
 
     def _open_store(self) -> Any:
         """Where the ranks meet: a file in memory only, which nobody but them can open.  No port, no path."""
@@ -112,26 +132,14 @@ class _SocketLink(RankLink):
                 traceback.print_exc()
                 self._side.send(Frame(FrameKind.REPORT))
 
-    def send_intermediate(self, call_id: int, tensors: Mapping[str, Any] | None) -> None:
-        self._next.send(call_id, tensors)
+    def send_intermediate(
+        self, call_id: int, tensors: Mapping[str, Any] | None, replicated: frozenset[str] = frozenset()
+    ) -> None:
+        if self._next is not None:  # a START that failed has connected nothing
+            self._next.send(call_id, tensors, replicated)
 
     def receive_intermediate(self, call_id: int) -> Mapping[str, Any] | None:
-        return self._previous.receive(call_id)
+        return None if self._previous is None else self._previous.receive(call_id)
 
     def leave(self) -> None:
         leave_groups(self._groups)
-
-
-def choose_backend(backend: str, world_size: int) -> str:
-    """What "auto" is on this machine: "nccl" where every rank has a GPU of its own, else "gloo".
-
-    Raises:
-        ConfigError: NCCL was asked for, and there are not enough GPUs.
-    """
-    torch = importlib.import_module("torch")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if backend == "auto":
-        return "nccl" if gpus >= world_size else "gloo"
-    if backend == "nccl" and gpus < world_size:
-        raise ConfigError(f"options.nccl.backend is 'nccl' for {world_size} ranks, and {gpus} GPUs are visible")
-    return backend

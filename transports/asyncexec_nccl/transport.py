@@ -19,6 +19,7 @@ from asyncexec.config import ExecutorConfig
 from asyncexec.errors import WireError
 from asyncexec.transport import KernelState, RankLoss, Transport, TransportEvents
 from asyncexec.wire import Buffer, Frame, FrameKind
+from asyncexec_nccl.devices import check_devices, collective_timeout
 from asyncexec_nccl.process import RankLaunch, RankProcess
 from asyncexec_nccl.stream import DriverStream
 
@@ -39,10 +40,13 @@ class NcclOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         backend: of the process groups.  "auto" is "nccl" where every rank has a GPU of its own, else "gloo"; "none"
             makes no groups, for workers that make their own.
         environment: variables set for the ranks, beside what they inherit.
+        devices: the GPU of each rank, by its index among those that CUDA_VISIBLE_DEVICES leaves visible; so several
+            executors share a host.  None is 0, 1, 2 and so on.
     """
 
     backend: Literal["auto", "nccl", "gloo", "none"] = "auto"
     environment: dict[str, str] = {}
+    devices: list[int] | None = None
 
 
 class NcclTransport(Transport):
@@ -53,6 +57,7 @@ class NcclTransport(Transport):
 
     def __init__(self, config: ExecutorConfig, options: Any, events: TransportEvents) -> None:
         super().__init__(config, options, events)
+        check_devices(options.devices, config.world_size)
         self._streams: list[DriverStream] = []
         self._sides: list[_Side] = []
         self._processes: list[RankProcess] = []
@@ -85,6 +90,8 @@ class NcclTransport(Transport):
                     tensor_parallel_size=size,
                     pipeline_parallel_size=config.pipeline_parallel_size,
                     backend=self.options.backend,
+                    devices=self.options.devices,
+                    collective_timeout=collective_timeout(config.timeouts),
                     max_frame_bytes=config.max_frame_bytes,
                     control=control[1].fileno(),
                     side=side[1].fileno(),

@@ -1,0 +1,239 @@
+"""Intermediate tensors from one pipeline stage to the next where ranks have GPUs: by NCCL, GPU to GPU.
+
+A hop is one small frame on the socket pair between the two ranks, and one NCCL send and receive for each tensor on the
+GPU.  The frame is written first and never waits: it says which tensors come, so that the receiver knows what to
+receive.  What lies in host memory travels in the frame.
+
+NCCL works on a side stream of each rank.  Events order it with the stream that the worker computes on; no CPU waits for
+a GPU.  Every announced tensor is received, also that of a step which the receiver could not run: NCCL matches sends
+and receives by their order alone.
+"""
+
+import functools
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from asyncexec.errors import PayloadError
+from asyncexec.tensors import decode_tensors, encode_tensors, is_tensor_type
+from asyncexec.wire import Frame, FrameKind
+from asyncexec_nccl.hops import HopReceiver, HopSender
+from asyncexec_nccl.stream import RankStream
+
+_PLANS = 512
+"""Layouts that are remembered: as many as there are usual numbers of tokens in a step."""
+
+
+class Announced(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor that comes by NCCL.
+
+    Attributes:
+        name: its name.
+        dtype: torch's name of its dtype.
+        shape: its shape, whole.
+        sliced: whether each tensor-parallel rank gets a part of it: 1 / tensor_parallel_size of its elements in order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sliced: bool
+
+
+class _Announcement(msgspec.Struct, frozen=True, array_like=True):
+    """The body of a hop's frame: the tensors that come by NCCL, and the body of those in the frame itself."""
+
+    on_gpu: list[Announced]
+    on_host: bytes
+
+
+class SideStream:
+    """A stream beside the one that the worker computes on.
+
+    Args:
+        device: torch device string.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._torch: Any = importlib.import_module("torch")
+        self._device = device
+        self._side = self._torch.cuda.Stream(device)
+        self._ready = self._torch.cuda.Event()
+        self._done = self._torch.cuda.Event()
+
+    def send(self, pair: Any, parts: Sequence[Any]) -> None:
+        """Send tensors once what computes them is done; their memory is not reused before they are sent."""
+        self._ready.record(self._torch.cuda.current_stream(self._device))
+        self._side.wait_event(self._ready)
+        with self._torch.cuda.stream(self._side):
+            for part in parts:
+                pair.send([part], 1, 0).wait()
+                part.record_stream(self._side)
+
+    def receive(self, pair: Any, layouts: Sequence[tuple[Any, tuple[int, ...]]]) -> list[Any]:
+        """Receive tensors of these dtypes and shapes; what the worker computes afterwards waits for them."""
+        with self._torch.cuda.stream(self._side):
+            # of the side stream's memory: the allocator gives out what earlier steps no longer use
+            parts = [self._torch.empty(shape, dtype=dtype, device=self._device) for dtype, shape in layouts]
+            for part in parts:
+                pair.recv([part], 0, 0).wait()
+            self._done.record(self._side)
+        compute = self._torch.cuda.current_stream(self._device)
+        compute.wait_event(self._done)
+        for part in parts:
+            part.record_stream(compute)
+        return parts
+
+
+class GpuHopSender(HopSender):
+    """The way to the next stage.
+
+    A tensor on the GPU that was handed on must not be written to afterwards, as it may still be on its way; its memory
+    is kept until it has been sent.  A worker whose output lies in memory that it writes to again, such as that of a
+    CUDA graph, hands on a clone.
+
+    Args:
+        stream: the connection to it.
+        max_frame_bytes: of the configuration; it limits what goes in the frame.
+        pair: the process group with the next stage's rank.
+        side: where NCCL works.
+        device: of the tensors that NCCL sends.
+        part, parts: tensor-parallel rank and size.
+    """
+
+    def __init__(
+        self,
+        stream: RankStream,
+        max_frame_bytes: int,
+        pair: Any,
+        side: SideStream,
+        device: str,
+        part: int,
+        parts: int,
+    ) -> None:
+        super().__init__(stream, max_frame_bytes)
+        self._pair = pair
+        self._side = side
+        self._device = device
+        self._part = part
+        self._parts = parts
+
+    def send(self, call_id: int, tensors: Mapping[str, Any] | None, replicated: frozenset[str] = frozenset()) -> None:
+        """Send a step's tensors, or None to say that there are none; returns before they have been sent.
+
+        Raises:
+            PayloadError: those in host memory are larger than a frame may be; nothing was sent.
+            TypeError: one is neither a tensor nor an array; nothing was sent.
+        """
+        if tensors is None:
+            super().send(call_id, None)
+            return
+        on_gpu = {name: value for name, value in tensors.items() if _is_on(self._device, value)}
+        on_host = {name: value for name, value in tensors.items() if name not in on_gpu}
+        body, buffers = encode_tensors(on_host) if on_host else (b"", ())
+        announced: list[Announced] = []
+        parts: list[Any] = []
+        for name, tensor in on_gpu.items():
+            sliced = self._parts > 1 and name in replicated and tensor.numel() % self._parts == 0
+            announced.append(_announced(name, tensor.dtype, tensor.shape, sliced))
+            if tensor.numel():
+                flat = tensor.detach().contiguous()
+                parts.append(flat.view(self._parts, -1)[self._part] if sliced else flat)
+        frame = Frame(FrameKind.CALL, call_id, body=_encode(_Announcement(announced, bytes(body))), buffers=buffers)
+        if refusal := frame.refusal(self._max_frame_bytes):
+            raise PayloadError(f"the intermediate tensors {refusal}")
+        self.write(frame)
+        if parts:
+            self._side.send(self._pair, parts)
+
+
+class GpuHopReceiver(HopReceiver):
+    """The way from the previous stage.
+
+    Args:
+        stream: the connection to it.
+        device: where the tensors are to be.
+        pair: the process group with the previous stage's rank.
+        side: where NCCL works.
+        tensor_parallel: the stage's process group; None where there is one rank.
+        parts: tensor-parallel size.
+    """
+
+    def __init__(
+        self, stream: RankStream, device: str, pair: Any, side: SideStream, tensor_parallel: Any, parts: int
+    ) -> None:
+        super().__init__(stream, device)
+        self._pair = pair
+        self._side = side
+        self._tensor_parallel = tensor_parallel
+        self._parts = parts
+
+    def take(self, frame: Frame) -> Mapping[str, Any]:
+        """The tensors that a frame announces; the worker's stream waits for them, the CPU does not."""
+        plan = _plan(bytes(frame.body))
+        received = iter(self._receive(plan))
+        tensors: dict[str, Any] = {}
+        for announced, dtype in zip(plan.on_gpu, plan.dtypes, strict=True):
+            whole = next(received) if _elements(announced.shape) else _empty(announced.shape, dtype, self._device)
+            tensors[announced.name] = self._gather(whole, announced.shape) if announced.sliced else whole
+        if plan.on_host:
+            tensors |= decode_tensors(plan.on_host, frame.buffers, self._device)
+        return tensors
+
+    def drop(self, frame: Frame) -> None:
+        """Receive the tensors of a step that this stage could not run: the next ones are behind them."""
+        if frame.kind is not FrameKind.SKIPPED:
+            self._receive(_plan(bytes(frame.body)))
+
+    def _receive(self, plan: "_Plan") -> list[Any]:
+        layouts = [
+            (dtype, (_elements(one.shape) // self._parts,) if one.sliced else one.shape)
+            for one, dtype in zip(plan.on_gpu, plan.dtypes, strict=True)
+            if _elements(one.shape)
+        ]
+        return self._side.receive(self._pair, layouts) if layouts else []
+
+    def _gather(self, part: Any, shape: tuple[int, ...]) -> Any:
+        """Put the parts of the stage's ranks together, on the stream that the worker computes on."""
+        if not part.numel():
+            return part
+        whole = part.new_empty(shape)
+        dist: Any = importlib.import_module("torch.distributed")
+        dist.all_gather_into_tensor(whole.view(-1), part, group=self._tensor_parallel)
+        return whole
+
+
+class _Plan(NamedTuple):
+    on_gpu: list[Announced]
+    dtypes: list[Any]
+    on_host: bytes
+
+
+@functools.lru_cache(maxsize=_PLANS)
+def _plan(body: bytes) -> _Plan:
+    announcement = msgspec.msgpack.decode(body, type=_Announcement)
+    torch: Any = importlib.import_module("torch")
+    return _Plan(announcement.on_gpu, [getattr(torch, one.dtype) for one in announcement.on_gpu], announcement.on_host)
+
+
+@functools.lru_cache(maxsize=_PLANS)
+def _announced(name: str, dtype: Any, shape: Any, sliced: bool) -> Announced:
+    return Announced(name, str(dtype).removeprefix("torch."), tuple(shape), sliced)
+
+
+def _is_on(device: str, value: Any) -> bool:
+    return is_tensor_type(type(value)) and str(value.device) == device
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return functools.reduce(int.__mul__, shape, 1)
+
+
+def _empty(shape: tuple[int, ...], dtype: Any, device: str) -> Any:
+    torch: Any = importlib.import_module("torch")
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+_encode = msgspec.msgpack.Encoder().encode

@@ -5,7 +5,7 @@
 
 The layers, from the bottom; imports go downward only:
 
-    errors  config  outputs             what everybody speaks of
+    errors  config  outputs  device     what everybody speaks of
     wire  codec  worker  inspection     frames, how values travel, what an engine author writes, what a rank is doing
     transport  runtime                  the Transport contract, and the code that serves a rank on every transport
     registry  window  future            installed transports; calls in flight; what callers hold
@@ -20,6 +20,7 @@ The transports live beside this package, each in one of its own: `asyncexec_loca
 from asyncexec.aggregate import Aggregator, AllRanks, Chain, FirstRank
 from asyncexec.config import ExecutorConfig, Timeouts
 from asyncexec.connectors import ECOutputAggregator, KVOutputAggregator, PendingTransfer
+from asyncexec.device import HostCopier
 from asyncexec.driver import create_executor
 from asyncexec.errors import (
     AggregationError,
@@ -65,6 +66,7 @@ __all__ = [
     "ExecutorConfig",
     "ExecutorFailed",
     "FirstRank",
+    "HostCopier",
     "IntermediateTensors",
     "KVConnectorOutput",
     "KVOutputAggregator",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from asyncexec.demo.messages import ScheduledRequest
+from asyncexec.demo.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +123,9 @@ class BatchLayout:
             if request.sample:
                 last_rows.append(len(positions) - 1)
         return cls(
-            positions=torch.tensor(positions, device=device),
-            slots=torch.tensor(slots, device=device),
-            last_rows=torch.tensor(last_rows, dtype=torch.int64, device=device),
+            positions=upload(positions, device),
+            slots=upload(slots, device),
+            last_rows=upload(last_rows, device),
             prefills=prefills,
             decodes=_decode_batch(decodes, block_size, device) if decodes else None,
         )
@@ -137,17 +138,17 @@ def _prefill(
     if request.start:
         positions = torch.arange(length, device=device)
         mask = positions <= positions[request.start :, None]
-    blocks = torch.tensor(request.block_ids[: -(-length // block_size)], device=device)
+    blocks = upload(request.block_ids[: -(-length // block_size)], device)
     return PrefillRequest(begin, begin + len(request.token_ids), blocks, length, mask)
 
 
 def _decode_batch(decodes: list[tuple[int, ScheduledRequest]], block_size: int, device: torch.device) -> DecodeBatch:
-    lengths = torch.tensor([request.start + 1 for _, request in decodes], device=device)
+    lengths = upload([request.start + 1 for _, request in decodes], device)
     width = max(request.start // block_size + 1 for _, request in decodes)
     tables = [(request.block_ids + [0] * width)[:width] for _, request in decodes]
     return DecodeBatch(
-        rows=torch.tensor([row for row, _ in decodes], device=device),
-        blocks=torch.tensor(tables, device=device),
+        rows=upload([row for row, _ in decodes], device),
+        blocks=upload(tables, device),
         mask=(torch.arange(width * block_size, device=device) < lengths[:, None])[:, None, None, :],
     )
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from asyncexec.demo.messages import SamplingParams
+from asyncexec.demo.upload import upload
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-    """Choose one token for each row.
+def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
+    """Choose one token for each row; on a GPU without waiting for it.
 
     A draw depends on the row's logits, its parameters and its position alone, not on the other rows; so neither
     batching nor a recomputation changes it, and all ranks that hold the same logits choose the same token.
@@ -21,14 +22,14 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
         positions: of the token that is chosen, in its sequence; one for each row.
 
     Returns:
-        Token ids, one for each row.
+        Token ids, int64 [rows], on the device of the logits.
     """
     chosen = logits.argmax(dim=-1)
     drawn = [row for row, param in enumerate(params) if param.temperature > 0]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
+        rows = upload(drawn, logits.device)
         chosen[rows] = _draw(logits[rows], [params[row] for row in drawn], [positions[row] for row in drawn])
-    return chosen.tolist()
+    return chosen
 
 
 def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
@@ -51,7 +52,7 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[
 
 def _column(values: list[float], like: Tensor) -> Tensor:
     """The values as float64 [rows, 1] on the device of `like`."""
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+    return upload(values, like.device, torch.float64)[:, None]
 
 
 def _uniform(params: SamplingParams, position: int) -> float:

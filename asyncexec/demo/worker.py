@@ -9,7 +9,9 @@ from asyncexec.demo.llama import LlamaStage
 from asyncexec.demo.messages import LAST_SAMPLED, ScheduledRequest, StepInput, StepOutput
 from asyncexec.demo.parallel import TensorParallel
 from asyncexec.demo.sampler import sample
-from asyncexec.outputs import IntermediateTensors
+from asyncexec.demo.upload import upload
+from asyncexec.device import HostCopier
+from asyncexec.outputs import DeferredOutput, IntermediateTensors
 from asyncexec.worker import RankContext
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,7 +65,9 @@ class ModelWorker:
         self._is_last_stage = context.is_last_stage
         self._caches: list[KVCache] = []
         self._num_blocks = 0
-        self._last_sampled: dict[int, int] = {}  # slot -> token
+        self._copies = HostCopier(context.device) if self._device.type == "cuda" else None
+        self._last_sampled = torch.full((1,), LAST_SAMPLED, device=self._device)  # by slot; it grows
+        self._sampled_slots: set[int] = set()
 
     def available_blocks(self) -> int:
         """How many blocks of the KV cache, for all of this rank's layers, fit its memory."""
@@ -93,8 +97,8 @@ class ModelWorker:
     @torch.inference_mode()
     def execute_model(
         self, scheduler_output: StepInput, intermediate: IntermediateTensors[StepOutput] | None
-    ) -> StepOutput | IntermediateTensors[StepOutput]:
-        """Run one step.
+    ) -> StepOutput | DeferredOutput[StepOutput] | IntermediateTensors[StepOutput]:
+        """Run one step; on a GPU this enqueues its work and never waits for it.
 
         Args:
             scheduler_output: the requests that take part.
@@ -117,7 +121,7 @@ class ModelWorker:
         x = self._token_ids(requests) if intermediate is None else intermediate["hidden_states"]
         hidden = self._stage(x, self._caches, layout)
         if not self._is_last_stage:
-            return IntermediateTensors({"hidden_states": hidden})
+            return IntermediateTensors({"hidden_states": hidden}, replicated=frozenset({"hidden_states"}))
         return self._sample(requests, hidden, layout)
 
     def _check_blocks(self, requests: list[ScheduledRequest]) -> None:
@@ -132,24 +136,45 @@ class ModelWorker:
     def _token_ids(self, requests: list[ScheduledRequest]) -> Tensor:
         """The step's token ids, int64 [tokens], with placeholders replaced."""
         ids: list[int] = []
+        rows: list[int] = []
+        slots: list[int] = []
         for request in requests:
             for token in request.token_ids:
-                known = self._last_sampled.get(request.slot, LAST_SAMPLED) if token == LAST_SAMPLED else token
-                if not 0 <= known < self._config.vocab_size:
+                if token == LAST_SAMPLED and request.slot in self._sampled_slots:
+                    rows.append(len(ids))
+                    slots.append(request.slot)
+                elif not 0 <= token < self._config.vocab_size:
                     raise ValueError(
                         f"the request in slot {request.slot} has token id {token}; valid are 0 to "
                         f"{self._config.vocab_size - 1}, and {LAST_SAMPLED} where a token was sampled for the slot"
                     )
-                ids.append(known)
-        return torch.tensor(ids, device=self._device)
+                ids.append(token)
+        tokens = upload(ids, self._device)
+        if rows:
+            sampled = self._last_sampled.index_select(0, upload(slots, self._device))
+            tokens.index_copy_(0, upload(rows, self._device), sampled)
+        return tokens
 
-    def _sample(self, requests: list[ScheduledRequest], hidden: Tensor, layout: BatchLayout) -> StepOutput:
+    def _remember(self, slots: list[int], tokens: Tensor) -> None:
+        """Keep the tokens sampled for these slots, on the device: the next step may stand on them."""
+        self._sampled_slots.update(slots)
+        if (missing := max(slots) + 1 - len(self._last_sampled)) > 0:
+            self._last_sampled = torch.nn.functional.pad(self._last_sampled, (0, missing), value=LAST_SAMPLED)
+        self._last_sampled.index_copy_(0, upload(slots, self._device), tokens)
+
+    def _sample(
+        self, requests: list[ScheduledRequest], hidden: Tensor, layout: BatchLayout
+    ) -> StepOutput | DeferredOutput[StepOutput]:
         sampling = [request for request in requests if request.sample]
         if not sampling:
             return StepOutput([-1] * len(requests))
         positions = [request.start + len(request.token_ids) for request in sampling]
         logits = self._stage.logits(hidden[layout.last_rows])
         tokens = sample(logits, [request.sampling for request in sampling], positions)
-        self._last_sampled.update(zip((request.slot for request in sampling), tokens, strict=True))
-        remaining = iter(tokens)
-        return StepOutput([next(remaining) if request.sample else -1 for request in requests])
+        self._remember([request.slot for request in sampling], tokens)
+
+        def output(copies: list[Tensor]) -> StepOutput:
+            remaining = iter(copies[0].tolist())
+            return StepOutput([next(remaining) if request.sample else -1 for request in requests])
+
+        return output([tokens]) if self._copies is None else self._copies.to_host([tokens], output)

@@ -45,6 +45,7 @@ def connected_worker() -> type:
             report = KVConnectorOutput(finished_sending=done) if done else None
             if isinstance(output, IntermediateTensors):
                 return IntermediateTensors(output.tensors, output=ConnectedOutput([], report))
+            assert isinstance(output, StepOutput)
             return ConnectedOutput(output.token_ids, report)
 
     return ConnectedWorker

@@ -17,7 +17,7 @@ from asyncexec.demo import train
 from asyncexec.demo.messages import LAST_SAMPLED, SamplingParams, ScheduledRequest, StepInput, StepOutput
 from asyncexec.demo.random_checkpoint import write_random_checkpoint
 from asyncexec.demo.worker import ModelWorker
-from asyncexec.outputs import IntermediateTensors
+from asyncexec.outputs import DeferredOutput, IntermediateTensors
 from asyncexec.worker import ProcessGroups, RankContext
 
 pytestmark = pytest.mark.timeout(120)
@@ -82,7 +82,10 @@ def pipeline(stages: Sequence[ModelWorker]) -> Step:
     def step(step_input: StepInput) -> list[int]:
         output: StepOutput | IntermediateTensors[StepOutput] | None = None
         for worker in stages:
-            output = worker.execute_model(step_input, output if isinstance(output, IntermediateTensors) else None)
+            given = output if isinstance(output, IntermediateTensors) else None
+            result = worker.execute_model(step_input, given)
+            assert not isinstance(result, DeferredOutput), "on a CPU nothing is waited for"
+            output = result
         assert isinstance(output, StepOutput)
         return output.token_ids
 

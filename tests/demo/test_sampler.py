@@ -14,7 +14,7 @@ def test_draws_follow_temperature_and_top_p() -> None:
     positions = range(4000)
 
     def shares(**params: float) -> list[float]:
-        tokens = sample(logits, [SamplingParams(**params)] * 4000, positions)  # type: ignore[arg-type]
+        tokens = sample(logits, [SamplingParams(**params)] * 4000, positions).tolist()  # type: ignore[arg-type]
         return [tokens.count(token) / 4000 for token in range(4)]
 
     assert shares(temperature=1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)

@@ -1,5 +1,6 @@
 """Fixtures that all tests share: the layouts that an executor's tests run on."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "nccl-tp2": NCCL | {"tensor_parallel_size": 2},
     "nccl-pp2": NCCL | {"pipeline_parallel_size": 2},
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs more GPUs than there are, and say so."""
+    marked = [(item, marker) for item in items if (marker := item.get_closest_marker("gpu"))]
+    there = importlib.import_module("torch").cuda.device_count() if marked else 0
+    for item, marker in marked:
+        needed = marker.args[0] if marker.args else 1
+        if needed > there:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs; visible: {there}"))
 
 
 @pytest.fixture(params=LAYOUTS)

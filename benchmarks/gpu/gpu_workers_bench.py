@@ -11,6 +11,16 @@ from asyncexec.demo.messages import StepInput
 from asyncexec.demo.worker import ModelWorker
 
 
+class Nothing:
+    """Does nothing."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.last = context.is_last_stage
+
+    def execute_model(self, scheduler_output: list[int], intermediate: Any) -> Any:
+        return scheduler_output if self.last else IntermediateTensors({})
+
+
 class Hop:
     """Two stages and one tensor between them; the last stage copies 64 tokens back.
 

@@ -19,6 +19,7 @@ from rows import MARK
 
 HERE = Path(__file__).parent
 PARTS: dict[str, tuple[list[str], int]] = {
+    "floor": (["floor.py"], 60),
     "steps": (["steps.py"], 120),
     "hop_alone": (["hop_alone.py"], 90),
     "ray_peer": (["ray_peer.py"], 90),

@@ -1,6 +1,7 @@
 """An awaited step of two stages with a tensor between two GPUs; steps in flight of stages that are busy."""
 
 import asyncio
+import statistics
 import time
 from typing import Any
 
@@ -15,17 +16,20 @@ def two_stages(**config: Any) -> dict[str, Any]:
     return {"transport": "nccl", "pipeline_parallel_size": 2, "options": {"nccl": {"backend": "nccl"}}} | config
 
 
-async def step(nbytes: int, deferred: bool) -> dict[str, float]:
-    """Microseconds of an awaited step, one at a time."""
-    kwargs = {"nbytes": nbytes, "deferred": deferred}
-    async with create_executor(two_stages(), workers.Hop, worker_kwargs=kwargs) as executor:
-        times = []
+async def step(worker: type, kwargs: dict[str, Any], **config: Any) -> dict[str, float]:
+    """Microseconds of an awaited step, one at a time, and where they went."""
+    async with create_executor(two_stages(**config), worker, worker_kwargs=kwargs) as executor:
+        times, timings = [], []
         for n in range(2500):
             began = time.perf_counter()
-            await executor.execute_model(TOKENS)
+            future = executor.execute_model(TOKENS)
+            await future
             if n >= 500:
                 times.append(time.perf_counter() - began)
-        return microseconds(times)
+                timings.append(future.timing)
+        parts = ("queued", "driver", "wire", "worker", "aggregate")
+        where = {p: statistics.median(getattr(timing, p) for timing in timings if timing) * 1e6 for p in parts}
+        return microseconds(times) | where
 
 
 async def rate(in_flight: int) -> float:
@@ -40,12 +44,15 @@ async def rate(in_flight: int) -> float:
 
 
 async def main() -> None:
-    for nbytes, size in ((1 << 20, "1 MiB"), (64, "64 B")):
-        for deferred in (False, True):
-            times = await step(nbytes, deferred)
-            how = "deferred output" if deferred else "output waited for"
-            target = {"target": "<= 120 us", "met": times["p50"] <= 120} if size == "1 MiB" else {}
-            row(f"awaited two-stage step, {size}, {how}", times["p50"], "us", p99=times["p99"], **target)
+    none = await step(workers.Nothing, {}, pipeline_parallel_size=1)
+    row("awaited step of one rank that does nothing", none.pop("p50"), "us", **none)
+    empty = await step(workers.Nothing, {})
+    row("awaited two-stage step without a tensor", empty.pop("p50"), "us", **empty)
+    for deferred in (False, True):
+        times = await step(workers.Hop, {"nbytes": 1 << 20, "deferred": deferred})
+        how = "deferred output" if deferred else "output waited for"
+        p50 = times.pop("p50")
+        row(f"awaited two-stage step, 1 MiB, {how}", p50, "us", target="<= 120 us", met=p50 <= 120, **times)
     one, two = await rate(1), await rate(2)
     row("two 5 ms stages, one in flight", one, "steps/s")
     row("two 5 ms stages, two in flight", two, "steps/s")

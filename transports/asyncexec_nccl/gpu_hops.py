@@ -53,36 +53,43 @@ class SideStream:
     """A stream beside the one that the worker computes on.
 
     Args:
-        device: torch device string.
+        device: torch device string, "cuda:<index>".
     """
 
     def __init__(self, device: str) -> None:
         self._torch: Any = importlib.import_module("torch")
-        self._device = device
-        self._side = self._torch.cuda.Stream(device)
-        self._ready = self._torch.cuda.Event()
-        self._done = self._torch.cuda.Event()
+        self._cuda: Any = self._torch.cuda
+        self._device = self._torch.device(device)
+        self._index: int = self._device.index
+        self._stream = self._cuda.Stream(self._device)
+        self._computed = self._cuda.Event()
 
     def send(self, pair: Any, parts: Sequence[Any]) -> None:
         """Send tensors once what computes them is done; their memory is not reused before they are sent."""
-        self._ready.record(self._torch.cuda.current_stream(self._device))
-        self._side.wait_event(self._ready)
-        with self._torch.cuda.stream(self._side):
+        compute = self._cuda.current_stream(self._index)
+        self._computed.record(compute)
+        self._stream.wait_event(self._computed)
+        self._cuda.set_stream(self._stream)
+        try:
             for part in parts:
-                pair.send([part], 1, 0).wait()
-                part.record_stream(self._side)
+                pair.send([part], 1, 0).wait()  # makes the stream wait, not the CPU
+        finally:
+            self._cuda.set_stream(compute)
+        for part in parts:
+            part.record_stream(self._stream)
 
     def receive(self, pair: Any, layouts: Sequence[tuple[Any, tuple[int, ...]]]) -> list[Any]:
         """Receive tensors of these dtypes and shapes; what the worker computes afterwards waits for them."""
-        with self._torch.cuda.stream(self._side):
+        compute = self._cuda.current_stream(self._index)
+        self._cuda.set_stream(self._stream)
+        try:
             # of the side stream's memory: the allocator gives out what earlier steps no longer use
             parts = [self._torch.empty(shape, dtype=dtype, device=self._device) for dtype, shape in layouts]
-            for part in parts:
-                pair.recv([part], 0, 0).wait()
-            self._done.record(self._side)
-        compute = self._torch.cuda.current_stream(self._device)
-        compute.wait_event(self._done)
-        for part in parts:
+            works = [pair.recv([part], 0, 0) for part in parts]
+        finally:
+            self._cuda.set_stream(compute)
+        for part, work in zip(parts, works, strict=True):
+            work.wait()  # makes the stream wait, not the CPU
             part.record_stream(compute)
         return parts
 
@@ -116,7 +123,7 @@ class GpuHopSender(HopSender):
         super().__init__(stream, max_frame_bytes)
         self._pair = pair
         self._side = side
-        self._device = device
+        self._device = _device(device)
         self._part = part
         self._parts = parts
 
@@ -139,7 +146,7 @@ class GpuHopSender(HopSender):
             sliced = self._parts > 1 and name in replicated and tensor.numel() % self._parts == 0
             announced.append(_announced(name, tensor.dtype, tensor.shape, sliced))
             if tensor.numel():
-                flat = tensor.detach().contiguous()
+                flat = tensor if tensor.is_contiguous() else tensor.contiguous()
                 parts.append(flat.view(self._parts, -1)[self._part] if sliced else flat)
         frame = Frame(FrameKind.CALL, call_id, body=_encode(_Announcement(announced, bytes(body))), buffers=buffers)
         if refusal := frame.refusal(self._max_frame_bytes):
@@ -223,8 +230,13 @@ def _announced(name: str, dtype: Any, shape: Any, sliced: bool) -> Announced:
     return Announced(name, str(dtype).removeprefix("torch."), tuple(shape), sliced)
 
 
-def _is_on(device: str, value: Any) -> bool:
-    return is_tensor_type(type(value)) and str(value.device) == device
+def _device(name: str) -> Any:
+    torch: Any = importlib.import_module("torch")
+    return torch.device(name)
+
+
+def _is_on(device: Any, value: Any) -> bool:
+    return is_tensor_type(type(value)) and value.device == device
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -6,6 +6,7 @@ RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,7 +42,9 @@ class Attention(nn.Module):
             Rows(f"{name}.k_proj", kv_heads * size, kv_first * size, kv_last * size),
             Rows(f"{name}.v_proj", kv_heads * size, kv_first * size, kv_last * size),
         ]
-        self.qkv = ColumnParallelLinear(weights, config.hidden_size, parts, bias=config.attention_bias)
+        self._heads = [last - first, kv_last - kv_first]
+        sizes = [sum(self._heads) * size, self._heads[1] * size]  # queries and keys are rotated together
+        self.qkv = ColumnParallelLinear(weights, config.hidden_size, parts, bias=config.attention_bias, sizes=sizes)
         self.out = RowParallelLinear(
             weights,
             tp,
@@ -56,9 +59,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layout: BatchLayout) -> Tensor:
         """Attend from x [tokens, hidden], whose keys and values are added to the cache first."""
-        queries, keys, values = (part.unflatten(-1, (-1, self._head_size)) for part in self.qkv(x))
-        cache.write(layout.slots, rotate(keys, *rope), values)
-        attended = paged_attention(rotate(queries, *rope), cache, layout)
+        rotated, values = (part.unflatten(-1, (-1, self._head_size)) for part in self.qkv(x))
+        queries, keys = torch.split(rotate(rotated, *rope), self._heads, dim=-2)
+        cache.write(layout.slots, keys, values)
+        attended = paged_attention(queries, cache, layout)
         return self.out(attended.flatten(-2))  # type: ignore[no-any-return]
 
 

@@ -82,9 +82,20 @@ class Rows:
 
 
 class ColumnParallelLinear(nn.Module):
-    """One or several linear layers with the same input, of each a part of the output features, as one product."""
+    """One or several linear layers with the same input, of each a part of the output features, as one product.
 
-    def __init__(self, weights: Weights, in_features: int, parts: Sequence[Rows], *, bias: bool) -> None:
+    The output is cut into `sizes`; None is one tensor for each part.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        in_features: int,
+        parts: Sequence[Rows],
+        *,
+        bias: bool,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         matrices = [
             weights.read(f"{part.name}.weight", (part.total, in_features), start=part.start, stop=part.stop)
@@ -97,10 +108,10 @@ class ColumnParallelLinear(nn.Module):
                 weights.read(f"{part.name}.bias", (part.total,), start=part.start, stop=part.stop) for part in parts
             ]
             self.bias = frozen(torch.cat(vectors))
-        self._sizes = [part.stop - part.start for part in parts]
+        self._sizes = list(sizes) if sizes else [part.stop - part.start for part in parts]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Map x [tokens, in_features] to one [tokens, stop - start] for each part."""
+        """Map x [tokens, in_features] to one [tokens, size] for each of the sizes."""
         return torch.split(functional.linear(x, self.weight, self.bias), self._sizes, dim=-1)
 
 

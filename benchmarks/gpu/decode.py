@@ -67,7 +67,7 @@ async def measure(executor: Executor, engine: AsyncEngine, prompt_tokens: int, s
     async def one(index: int) -> None:
         prompt = [draw.randrange(vocabulary) for _ in range(prompt_tokens)]
         # enough for those whose prompts came first
-        async for _ in engine.generate(prompt, max_tokens=steps + 600, ignore_eos=True):
+        async for _ in engine.generate(prompt, max_tokens=steps + 300, ignore_eos=True):
             watch.token(index)
 
     tasks = [asyncio.ensure_future(one(index)) for index in range(BATCH)]
@@ -103,8 +103,8 @@ def figures(timeline: list[tuple[float, float]], tokens: int, seconds: float) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--prompt-tokens", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--prompt-tokens", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=150)
     args = parser.parse_args()
     found: dict[bool, Any] = {}
     for ahead in (False, True):

@@ -12,10 +12,12 @@ import msgspec
 import torch
 import torch.distributed as dist
 import uvloop
+
 from rows import microseconds, row
 
 TOKENS = list(range(64))
 COUNT = 2500
+PAUSES = (0.0, 25e-6, 50e-6, 100e-6, 300e-6, 2e-3)
 
 
 def echo(connection: socket.socket) -> None:
@@ -55,11 +57,12 @@ def stage(rank: int, connection: socket.socket, path: str, nbytes: int) -> None:
     os._exit(0)
 
 
-async def plain_steps(nbytes: int) -> list[float]:
+async def plain_steps(nbytes: int) -> dict[float, list[float]]:
+    """Seconds of a step, by the seconds of idleness before each."""
     context = multiprocessing.get_context("spawn")
     loop = asyncio.get_running_loop()
     pairs = [socket.socketpair() for _ in range(2)]
-    times = []
+    times: dict[float, list[float]] = {pause: [] for pause in PAUSES}
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "store")
         ranks = [context.Process(target=stage, args=(n, pairs[n][1], path, nbytes)) for n in range(2)]
@@ -68,18 +71,27 @@ async def plain_steps(nbytes: int) -> list[float]:
         for ours, theirs in pairs:
             theirs.close()
             ours.setblocking(False)
-        for _ in range(COUNT):
-            began = time.perf_counter()
-            message = msgspec.msgpack.encode(TOKENS)
-            pairs[0][0].send(message)
-            pairs[1][0].send(message)
-            msgspec.msgpack.decode(await loop.sock_recv(pairs[1][0], 1 << 16))
-            times.append(time.perf_counter() - began)
+        for pause in (0.0, *PAUSES):
+            for _ in range(1000):
+                rest(pause)
+                began = time.perf_counter()
+                message = msgspec.msgpack.encode(TOKENS)
+                pairs[0][0].send(message)
+                pairs[1][0].send(message)
+                msgspec.msgpack.decode(await loop.sock_recv(pairs[1][0], 1 << 16))
+                times[pause].append(time.perf_counter() - began)
         for ours, _ in pairs:
             ours.close()
         for process in ranks:
             process.join(10)
-    return times[500:]
+    return {pause: taken[-900:] for pause, taken in times.items()}
+
+
+def rest(seconds: float) -> None:
+    """Let the GPUs idle; this process does not sleep, so that waking it up is no part of what is measured."""
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
 
 
 def report(name: str, seconds: list[float]) -> None:
@@ -89,7 +101,9 @@ def report(name: str, seconds: list[float]) -> None:
 
 def main() -> None:
     report("a byte to another process and back", round_trips())
-    report("plainest two-stage step, 1 MiB, awaited on uvloop", uvloop.run(plain_steps(1 << 20)))
+    for pause, seconds in uvloop.run(plain_steps(1 << 20)).items():
+        after = f", after {pause * 1e6:.0f} us of idleness" if pause else ""
+        report(f"plainest two-stage step, 1 MiB, awaited on uvloop{after}", seconds)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ SHAPE = {
     "intermediate_size": 8192,
     "vocab_size": 32000,
     "rope_theta": 500000.0,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 8192,
 }
 
 

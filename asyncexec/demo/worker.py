@@ -5,6 +5,7 @@ from torch import Tensor
 
 from asyncexec.demo.attention import BatchLayout, KVCache
 from asyncexec.demo.checkpoint import ModelConfig, Weights
+from asyncexec.demo.graphs import DecodeGraphs
 from asyncexec.demo.llama import LlamaStage
 from asyncexec.demo.messages import LAST_SAMPLED, ScheduledRequest, StepInput, StepOutput
 from asyncexec.demo.parallel import TensorParallel
@@ -63,6 +64,8 @@ class ModelWorker:
         with torch.inference_mode(), Weights(model, dtype=self._dtype, device=self._device) as weights:
             self._stage = LlamaStage(weights, self._config, tp, stage=stage, stages=stages)
         self._is_last_stage = context.is_last_stage
+        self._whole_on_gpu = context.world_size == 1 and self._device.type == "cuda"
+        self._graphs: DecodeGraphs | None = None
         self._caches: list[KVCache] = []
         self._num_blocks = 0
         self._copies = HostCopier(context.device) if self._device.type == "cuda" else None
@@ -89,10 +92,12 @@ class ModelWorker:
         """
         if num_blocks < 1:
             raise ValueError(f"num_blocks is {num_blocks}; the KV cache needs at least one block")
-        self._caches.clear()  # the old one's memory first
+        self._graphs = None  # they use the old one
+        self._caches.clear()  # its memory first
         shape = (num_blocks, *self._block_shape)
         self._caches = [KVCache.zeros(shape, self._dtype, self._device) for _ in self._stage.layer_numbers]
         self._num_blocks = num_blocks
+        self._graphs = DecodeGraphs(self._stage, self._caches) if self._whole_on_gpu else None
 
     @torch.inference_mode()
     def execute_model(
@@ -119,10 +124,15 @@ class ModelWorker:
         self._check_blocks(requests)
         layout = BatchLayout.build(requests, self._block_size, self._device)
         x = self._token_ids(requests) if intermediate is None else intermediate["hidden_states"]
-        hidden = self._stage(x, self._caches, layout)
-        if not self._is_last_stage:
-            return IntermediateTensors({"hidden_states": hidden}, replicated=frozenset({"hidden_states"}))
-        return self._sample(requests, hidden, layout)
+        logits = None if self._graphs is None else self._graphs.logits(x, layout)
+        if logits is None:
+            hidden = self._stage(x, self._caches, layout)
+            if not self._is_last_stage:
+                return IntermediateTensors({"hidden_states": hidden}, replicated=frozenset({"hidden_states"}))
+            if not len(layout.last_rows):
+                return StepOutput([-1] * len(requests))
+            logits = self._stage.logits(hidden[layout.last_rows])
+        return self._sample(requests, logits)
 
     def _check_blocks(self, requests: list[ScheduledRequest]) -> None:
         """Refuse blocks that do not exist: on a GPU the error would come late and break the process."""
@@ -162,14 +172,9 @@ class ModelWorker:
             self._last_sampled = torch.nn.functional.pad(self._last_sampled, (0, missing), value=LAST_SAMPLED)
         self._last_sampled.index_copy_(0, upload(slots, self._device), tokens)
 
-    def _sample(
-        self, requests: list[ScheduledRequest], hidden: Tensor, layout: BatchLayout
-    ) -> StepOutput | DeferredOutput[StepOutput]:
+    def _sample(self, requests: list[ScheduledRequest], logits: Tensor) -> StepOutput | DeferredOutput[StepOutput]:
         sampling = [request for request in requests if request.sample]
-        if not sampling:
-            return StepOutput([-1] * len(requests))
         positions = [request.start + len(request.token_ids) for request in sampling]
-        logits = self._stage.logits(hidden[layout.last_rows])
         tokens = sample(logits, [request.sampling for request in sampling], positions)
         self._remember([request.slot for request in sampling], tokens)
 

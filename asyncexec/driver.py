@@ -7,13 +7,14 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import anyio
 import msgspec
 
 from asyncexec.aggregate import STEP_METHODS, Aggregator, AllRanks, FirstRank, make_aggregators, tell_rank_lost
+from asyncexec.broadcasting import broadcast
 from asyncexec.codec import Codec
 from asyncexec.config import ExecutorConfig, convert
 from asyncexec.errors import (
@@ -267,6 +268,18 @@ class Driver(Executor):
             by_rank = dict(zip(sorted(targets), results, strict=True))
             return [by_rank[rank] for rank in targets]
         return results
+
+    async def broadcast(
+        self,
+        named_tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
+        *,
+        method: str = "load_weights",
+        bucket_bytes: int = 64 << 20,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._check_running()
+        staging = self._transport.staging
+        await broadcast(named_tensors, method, bucket_bytes, progress, staging, self.collective_rpc)
 
     def _step(self, method: str, args: Sequence[Any], timeout: float | None, *, slot: bool) -> StepFuture[Any]:
         submitted = time.monotonic_ns()

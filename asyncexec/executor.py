@@ -1,7 +1,7 @@
 """The Executor: what an engine's loop talks to."""
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -125,6 +125,34 @@ class Executor(abc.ABC):
 
         Raises:
             ConfigError: the worker has no such method, or there is no such rank.
+        """
+
+    @abc.abstractmethod
+    async def broadcast(
+        self,
+        named_tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
+        *,
+        method: str = "load_weights",
+        bucket_bytes: int = 64 << 20,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Hand tensors of the driver's host memory, such as new weights, to a method of every rank's worker.
+
+        The method is called as `method(named_tensors)` for each bucket of whole tensors, in order with other calls.  It
+        gets them on the rank's device, and copies what it keeps: their memory is reused when it has returned and, on a
+        GPU, the work that it enqueued on the current stream is done.
+
+        Done when every rank's method has returned for every bucket.  After an error, or a cancellation, some buckets
+        may have been handed over.
+
+        Args:
+            named_tensors: torch tensors in host memory by name, or pairs; they must not change meanwhile.
+            method: the method's name.
+            bucket_bytes: tensors that go together; a larger tensor goes alone.
+            progress: called with the bytes handed over so far, after each bucket.
+
+        Raises:
+            TypeError: something else than a tensor in host memory.
         """
 
     # ------------------------------------------------------------------------------------------------ observing

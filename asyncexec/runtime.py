@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from asyncexec.buckets import Bucket
 from asyncexec.codec import Codec, Payload
 from asyncexec.errors import ConfigError, PayloadError
 from asyncexec.inspection import Activity
@@ -180,6 +181,8 @@ class RankRuntime:
             call = self._codec.decode_call(Payload(frame.method, frame.body, frame.buffers))
             if stage is not None:
                 output = stage.run(self._worker.execute_model, *call.args, **call.kwargs)
+            elif isinstance(call.target, Bucket):
+                output = call.target(self._worker, self._link.read_staged)
             elif callable(call.target):
                 output = call.target(self._worker, *call.args, **call.kwargs)
             else:

@@ -108,6 +108,10 @@ class Transport(abc.ABC):
         The frame's memory may be read until it has been received: it must not change before the call is settled.
         """
 
+    def staging(self, nbytes: int) -> memoryview | None:
+        """Memory of `nbytes` at least that `RankLink.read_staged` reads; None where calls must carry all they need."""
+        return None
+
     @abc.abstractmethod
     async def inspect(self, rank: int) -> Buffer:
         """Ask a rank's side thread what the rank is doing; waits for the answer, for as long as that takes.
@@ -161,6 +165,15 @@ class RankLink(abc.ABC):
     @abc.abstractmethod
     def receive_intermediate(self, call_id: int) -> Mapping[str, Any] | None:
         """Block until the previous stage's tensors are there; None when it had none because it failed."""
+
+    def read_staged(self, begin: int, nbytes: int) -> tuple[Any, Any]:
+        """Bytes of the staging memory as a uint8 tensor on the rank's device; all ranks do so together.
+
+        Returns:
+            The tensor, valid on the current stream, and a CUDA event after which the memory may be overwritten.  In
+            place of the event None, where the tensor lies over the memory or another rank reads it.
+        """
+        raise NotImplementedError("this transport has no staging memory")
 
     @abc.abstractmethod
     def leave(self) -> None:

@@ -40,7 +40,7 @@ class DecodeGraphs:
         self._caches = caches
         self._seen: set[_Key] = set()
         self._graphs: dict[_Key, _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
 
     def logits(self, tokens: Tensor, layout: BatchLayout) -> Tensor | None:
         """Run a step in which every request runs one token, and samples.

@@ -108,6 +108,10 @@ class _FaultyTransport(Transport):
                 if self._ends.random() < probability:
                     harm(self._ends.choice(ranks))
 
+    def staging(self, nbytes: int) -> memoryview | None:
+        """The transport's."""
+        return self.inner.staging(nbytes)
+
     async def inspect(self, rank: int) -> Buffer:
         """Inspect as the transport does: the side channel has no faults."""
         return await self.inner.inspect(rank)

@@ -27,7 +27,8 @@ def reference() -> tuple[list[list[int]], float]:
     """transformers' tokens, and the smallest margin of a chosen token's logit over the next one's."""
     import transformers
 
-    llama: Any = transformers.LlamaForCausalLM.from_pretrained(checkpoint(), dtype=torch.float32).to("cuda:0")
+    llama: Any = transformers.LlamaForCausalLM.from_pretrained(checkpoint(), dtype=torch.float32)
+    llama = llama.to("cuda:0")
     outputs, margin = [], float("inf")
     for prompt in prompts():
         ids = torch.tensor([prompt], device="cuda:0")
@@ -83,7 +84,9 @@ def main() -> None:
     for tp, pp, ahead in layouts:
         if tp * pp <= gpus:
             found = run(engine(tp, pp, ahead))
-            equal = sum(a == b for ours, theirs in zip(found, expected, strict=True) for a, b in zip(ours, theirs))
+            equal = sum(
+                a == b for ours, theirs in zip(found, expected, strict=True) for a, b in zip(ours, theirs, strict=True)
+            )
             total = len(LENGTHS) * NEW_TOKENS
             name = f"tokens equal to transformers', float32, tp {tp} x pp {pp}{', async scheduling' if ahead else ''}"
             row(name, equal, f"of {total}", target="all", met=equal == total)

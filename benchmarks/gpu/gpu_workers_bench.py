@@ -10,6 +10,47 @@ from asyncexec import HostCopier, IntermediateTensors, RankContext
 from asyncexec.demo.messages import StepInput
 from asyncexec.demo.worker import ModelWorker
 
+# torch's own hints leave these out
+cuda: Any = torch.cuda
+autograd: Any = torch.autograd
+
+
+class Weights:
+    """Holds weights on its GPU, and takes new ones."""
+
+    def __init__(self, context: RankContext, *, tensors: int, nbytes: int) -> None:
+        self.device = context.device
+        self.weights = {
+            f"layer {n}": torch.zeros(nbytes // 2, dtype=torch.int16, device=context.device) for n in range(tensors)
+        }
+
+    def execute_model(self, scheduler_output: Any, intermediate: Any) -> Any:
+        return None
+
+    def load_weights(self, named_tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in named_tensors.items():
+            self.weights[name].copy_(tensor)
+
+    def sum_of(self, name: str) -> int:
+        return int(self.weights[name].long().sum().item())
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def pinned_rate(self) -> float:
+        """Bytes per second of copies of 64 MiB from pinned memory to this GPU, the median of 30."""
+        host = torch.ones(64 << 20, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty(64 << 20, dtype=torch.uint8, device=self.device)
+        times = []
+        for _ in range(30):
+            begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+            begin.record()
+            there.copy_(host, non_blocking=True)
+            end.record()
+            end.synchronize()
+            times.append(float(begin.elapsed_time(end)) / 1e3)
+        return (64 << 20) / sorted(times)[15]
+
 
 class Nothing:
     """Does nothing."""
@@ -54,22 +95,22 @@ class Busy:
 
     def execute_model(self, scheduler_output: int, intermediate: Any) -> Any:
         tensor = intermediate["tensor"] if intermediate else torch.zeros(1 << 19, device=self.device)
-        torch.cuda._sleep(self.cycles)
+        cuda._sleep(self.cycles)
         if not self.last:
             return IntermediateTensors({"tensor": tensor})
         return self.copies.to_host([tensor[:64]], _first)
 
 
 def cycles_per_millisecond() -> float:
-    """What `torch.cuda._sleep` counts on this GPU."""
+    """What `cuda._sleep` counts on this GPU."""
     cycles = 20_000_000
     for _ in range(3):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         begin.record()
-        torch.cuda._sleep(cycles)
+        cuda._sleep(cycles)
         end.record()
         end.synchronize()
-    return cycles / begin.elapsed_time(end)
+    return float(cycles / begin.elapsed_time(end))
 
 
 def _first(copies: list[torch.Tensor]) -> list[float]:
@@ -82,11 +123,11 @@ class TimedModelWorker(ModelWorker):
 
     def __init__(self, context: RankContext, **kwargs: Any) -> None:
         super().__init__(context, **kwargs)
-        self._steps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._steps: list[tuple[Any, Any]] = []
         self._profiler: Any = None
 
     def execute_model(self, scheduler_output: StepInput, intermediate: Any) -> Any:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         begin.record()
         output = super().execute_model(scheduler_output, intermediate)
         end.record()
@@ -114,7 +155,7 @@ class TimedModelWorker(ModelWorker):
         spans = sorted(
             (event.start_ns(), event.start_ns() + event.duration_ns())
             for event in events
-            if event.device_type() == torch.autograd.DeviceType.CUDA and event.duration_ns() > 0
+            if event.device_type() == autograd.DeviceType.CUDA and event.duration_ns() > 0
         )
         busy, until = 0, spans[0][0]
         for begin, end in spans:
@@ -140,7 +181,7 @@ class Victim:
         for _ in range(20):
             if self.context.groups.tensor_parallel is not None:
                 dist.all_reduce(self.sum, group=self.context.groups.tensor_parallel)
-            torch.cuda._sleep(100_000)
+            cuda._sleep(100_000)
         if not self.context.is_last_stage:
             return IntermediateTensors({"tensor": tensor.clone()})
         return self.copies.to_host([tensor[:4]], _first)

@@ -58,6 +58,7 @@ def environment() -> dict[str, Any]:
     """Hardware and versions."""
     import torch
 
+    nccl: Any = torch.cuda.nccl  # whose function torch leaves without hints
     names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     found: dict[str, Any] = {
         "gpus": names,
@@ -65,7 +66,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "nccl": ".".join(map(str, nccl.version())),
         "kernel": platform.release(),
         "commit": os.environ.get("ASYNCEXEC_COMMIT") or _commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -16,7 +16,7 @@ def two_stages(**config: Any) -> dict[str, Any]:
     return {"transport": "nccl", "pipeline_parallel_size": 2, "options": {"nccl": {"backend": "nccl"}}} | config
 
 
-async def step(worker: type, kwargs: dict[str, Any], **config: Any) -> dict[str, float]:
+async def step(worker: type, kwargs: dict[str, Any], **config: Any) -> dict[str, Any]:
     """Microseconds of an awaited step, one at a time, and where they went."""
     async with create_executor(two_stages(**config), worker, worker_kwargs=kwargs) as executor:
         times, timings = [], []

@@ -36,6 +36,7 @@ class RankLaunch(msgspec.Struct, frozen=True):
         control: file descriptor of its socket to the driver.
         side: file descriptor of the socket over which the driver inspects it.
         store: file descriptor of the memory that the process groups meet in.
+        staging: file descriptor of the memory that large tensors for all ranks are put into.
         previous, next: file descriptors of its sockets to the neighbouring pipeline stages; -1 where there is none.
         sys_path: where it imports from.
     """
@@ -51,6 +52,7 @@ class RankLaunch(msgspec.Struct, frozen=True):
     control: int
     side: int
     store: int
+    staging: int
     previous: int
     next: int
     sys_path: list[str]
@@ -58,7 +60,7 @@ class RankLaunch(msgspec.Struct, frozen=True):
     @property
     def descriptors(self) -> tuple[int, ...]:
         """What the process inherits; everything else of the driver is closed in it."""
-        return self.control, self.side, self.store, self.previous, self.next
+        return self.control, self.side, self.store, self.staging, self.previous, self.next
 
 
 class RankProcess:

@@ -21,6 +21,7 @@ from asyncexec_nccl.devices import choose_backend, choose_device
 from asyncexec_nccl.gpu_hops import GpuHopReceiver, GpuHopSender, SideStream
 from asyncexec_nccl.hops import HopReceiver, HopSender
 from asyncexec_nccl.process import RankLaunch
+from asyncexec_nccl.staging import StagedReader
 from asyncexec_nccl.stream import RankStream
 
 _PR_SET_PDEATHSIG = 1
@@ -50,6 +51,7 @@ class _SocketLink(RankLink):
         self._groups = ProcessGroups()
         self._previous: HopReceiver | None = None
         self._next: HopSender | None = None
+        self._staged = StagedReader(launch.staging, "cpu", launch.rank, None)
 
     def _open(self, descriptor: int) -> RankStream:
         os.set_inheritable(descriptor, False)
@@ -76,6 +78,7 @@ class _SocketLink(RankLink):
         stages = launch.pipeline_parallel_size
         limit = launch.collective_timeout
         self._groups = join_groups(backend, launch.rank, size, stages, self._open_store, limit)
+        self._staged = StagedReader(launch.staging, device, launch.rank, self._groups.world)
         if backend == "nccl" and world_size > 1:
             pairs = join_pairs(launch.rank, size, stages, limit)
             warm_up(self._groups, pairs, device)
@@ -141,5 +144,9 @@ class _SocketLink(RankLink):
     def receive_intermediate(self, call_id: int) -> Mapping[str, Any] | None:
         return None if self._previous is None else self._previous.receive(call_id)
 
+    def read_staged(self, begin: int, nbytes: int) -> tuple[Any, Any]:
+        return self._staged.read(begin, nbytes)
+
     def leave(self) -> None:
+        self._staged.close()
         leave_groups(self._groups)

@@ -21,6 +21,7 @@ from asyncexec.transport import KernelState, RankLoss, Transport, TransportEvent
 from asyncexec.wire import Buffer, Frame, FrameKind
 from asyncexec_nccl.devices import check_devices, collective_timeout
 from asyncexec_nccl.process import RankLaunch, RankProcess
+from asyncexec_nccl.staging import StagingArea
 from asyncexec_nccl.stream import DriverStream
 
 _EXIT_LIMIT = 1.0
@@ -63,6 +64,8 @@ class NcclTransport(Transport):
         self._processes: list[RankProcess] = []
         self._closing = False
         self._one_ended = anyio.Event()
+        self._staging_fd = -1
+        self._staging: StagingArea | None = None
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -79,6 +82,7 @@ class NcclTransport(Transport):
         config, size = self.config, self.config.tensor_parallel_size
         environment = self._environment()
         with contextlib.ExitStack() as stack:
+            self._staging_fd = os.memfd_create("asyncexec-staging")
             store = os.memfd_create("asyncexec-store")
             stack.callback(os.close, store)
             hops = [_pair(stack) for _ in range(config.world_size - size)]
@@ -96,6 +100,7 @@ class NcclTransport(Transport):
                     control=control[1].fileno(),
                     side=side[1].fileno(),
                     store=store,
+                    staging=self._staging_fd,
                     previous=hops[rank - size][1].fileno() if rank >= size else -1,
                     next=hops[rank][0].fileno() if rank < len(hops) else -1,
                     sys_path=[str(path) for path in sys.path],
@@ -113,6 +118,12 @@ class NcclTransport(Transport):
         pieces = frame.pack()
         for rank in ranks:
             self._streams[rank].send(pieces)
+
+    def staging(self, nbytes: int) -> memoryview | None:
+        """Shared with the ranks since they were spawned; it takes no room before it is used."""
+        if self._staging is None:
+            self._staging = StagingArea(self._staging_fd)
+        return self._staging.memory(nbytes)
 
     async def inspect(self, rank: int) -> Buffer:
         """Ask over a socket of its own, which a thread of its own serves."""
@@ -137,6 +148,10 @@ class NcclTransport(Transport):
             stream.close()
         for side in self._sides:
             side.close()
+        self._staging = None
+        if self._staging_fd >= 0:
+            os.close(self._staging_fd)
+            self._staging_fd = -1
 
     def abort(self) -> None:
         """SIGKILL to every rank."""

@@ -1,0 +1,95 @@
+"""Host memory that the driver fills and every rank can read: the way of large tensors that all ranks get.
+
+A file in memory (memfd), which the ranks inherit and both sides map.  On GPUs rank 0 alone reads it, by copies from
+pinned memory on a stream of their own; the others get the bytes from rank 0's GPU by a broadcast of NCCL.
+"""
+
+import importlib
+import mmap
+import os
+from typing import Any
+
+
+class StagingArea:
+    """The driver's half.
+
+    Args:
+        descriptor: of the memory; it is not owned.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._mapped: mmap.mmap | None = None
+
+    def memory(self, nbytes: int) -> memoryview:
+        """The memory, `nbytes` of it at least."""
+        if self._mapped is None or len(self._mapped) < nbytes:
+            # an earlier mapping ends with the last view of it
+            os.ftruncate(self._descriptor, nbytes)
+            self._mapped = mmap.mmap(self._descriptor, nbytes)
+        return memoryview(self._mapped)
+
+
+class StagedReader:
+    """A rank's half.
+
+    Args:
+        descriptor: of the memory.
+        device: where the bytes are to be.
+        rank: this one.
+        group: all ranks' process group; None where there is one rank.
+    """
+
+    def __init__(self, descriptor: int, device: str, rank: int, group: Any) -> None:
+        self._descriptor = descriptor
+        self._device = device
+        self._rank = rank
+        self._group = group
+        self._bytes: Any = None  # uint8 tensor over the whole memory
+        self._copying: Any = None
+
+    def read(self, begin: int, nbytes: int) -> tuple[Any, Any]:
+        """The bytes from `begin` on as a uint8 tensor, and an event after which the driver may overwrite them.
+
+        On the CPU the tensor lies over the memory itself, and there is no event: it may be overwritten once the call is
+        done.  On a GPU, what is computed next waits for the bytes.
+        """
+        torch: Any = importlib.import_module("torch")
+        if self._device == "cpu":
+            return self._mapped(begin + nbytes)[begin : begin + nbytes], None
+        copied = None
+        if self._rank == 0:
+            source = self._mapped(begin + nbytes)[begin : begin + nbytes]
+            compute = torch.cuda.current_stream(self._device)
+            with torch.cuda.stream(self._copying):
+                target = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+                target.copy_(source, non_blocking=True)
+                copied = torch.cuda.Event(blocking=True)
+                copied.record(self._copying)
+            compute.wait_event(copied)
+            target.record_stream(compute)
+        else:
+            target = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        if self._group is not None:
+            importlib.import_module("torch.distributed").broadcast(target, 0, group=self._group)
+        return target, copied
+
+    def close(self) -> None:
+        """Unpin the memory."""
+        if self._bytes is not None and self._device != "cpu":
+            importlib.import_module("torch").cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+        self._bytes = None
+
+    def _mapped(self, nbytes: int) -> Any:
+        """The memory as a tensor, pinned where there is a GPU; mapped again when the driver made it larger."""
+        if self._bytes is None or len(self._bytes) < nbytes:
+            self.close()
+            torch: Any = importlib.import_module("torch")
+            mapped = mmap.mmap(self._descriptor, os.fstat(self._descriptor).st_size)
+            self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
+            if self._device != "cpu":
+                status = torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), len(mapped), 0)
+                if int(status) != 0:
+                    raise MemoryError(f"{len(mapped)} bytes of staging memory cannot be pinned: CUDA error {status}")
+                self._copying = torch.cuda.Stream(self._device)
+        return self._bytes

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from asyncexec.demo.random_checkpoint import write_random_checkpoint
 
 DIRECTORY = Path(os.environ.get("ASYNCEXEC_BENCH_MODEL", "/dev/shm/asyncexec-bench-1b"))
 BLOCK_SIZE = 16
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 2048,
     "num_hidden_layers": 16,
     "num_attention_heads": 32,

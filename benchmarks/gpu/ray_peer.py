@@ -12,7 +12,6 @@ from ray.dag import InputNode
 from rows import microseconds, row
 
 
-@ray.remote(num_gpus=1)
 class Stage:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -29,7 +28,8 @@ class Stage:
 
 
 def graph(nbytes: int, *, awaited: bool) -> Any:
-    first, last = Stage.remote(nbytes), Stage.remote(nbytes)
+    actor: Any = ray.remote(num_gpus=1)(Stage)
+    first, last = actor.remote(nbytes), actor.remote(nbytes)
     with InputNode() as tokens:
         between = first.first.bind(tokens).with_tensor_transport(transport="nccl")
         output = last.last.bind(between)

@@ -78,6 +78,17 @@ async def test_hops_keep_their_order_with_the_computation() -> None:
         assert [await future for future in futures] == [[2.0 * n, 2.0 * n] for n in range(50)]
 
 
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=two_gpus)])
+async def test_tensors_of_the_driver_reach_every_gpu(tp: int) -> None:
+    async with create_executor(nccl(tp), gpu_workers.Receiver) as executor:
+        for round_ in range(2):
+            sent = {f"{n}": torch.full((1 << 17,), float(n + round_)) for n in range(40)}
+            sent |= {"large": torch.full((1 << 21,), 3.0 + round_), "odd": torch.ones(3, dtype=torch.bfloat16)}
+            await executor.broadcast(sent, bucket_bytes=1 << 20)
+            expected = {name: float(tensor.double().sum()) for name, tensor in sent.items()}
+            assert await executor.collective_rpc("sums") == [expected] * tp
+
+
 async def test_deferred_outputs() -> None:
     async with create_executor(nccl(async_scheduling=True), gpu_workers.Deferring) as executor:
         futures = [executor.execute_model(list(range(n))) for n in range(1, 30)]

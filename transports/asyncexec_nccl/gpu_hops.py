@@ -208,7 +208,9 @@ class GpuHopReceiver(HopReceiver):
             return part
         whole = part.new_empty(shape)
         dist: Any = importlib.import_module("torch.distributed")
-        dist.all_gather_into_tensor(whole.view(-1), part, group=self._tensor_parallel)
+        # the same function; torch 2.13 gave it a new name
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(whole.view(-1), part, group=self._tensor_parallel)
         return whole
 
 

@@ -1,0 +1,157 @@
+"""Hops by process groups, their protocol: what is announced is received, whatever happens to single steps.
+
+Gloo and host memory stand for NCCL and GPUs here: two stages of two tensor-parallel ranks, as threads.
+"""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from asyncexec.errors import PayloadError
+from asyncexec_nccl.gpu_hops import GpuHopReceiver, GpuHopSender
+from asyncexec_nccl.stream import RankStream
+
+PARTS = 2
+
+
+class HostLane:
+    """In place of the side stream; counts the elements that went through it."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.received = 0
+
+    def send(self, pair: Any, parts: Sequence[torch.Tensor]) -> None:
+        for part in parts:
+            pair.send([part], 1, 0).wait()
+            self.sent += part.numel()
+
+    def receive(self, pair: Any, layouts: Sequence[tuple[Any, tuple[int, ...]]]) -> list[torch.Tensor]:
+        parts = [torch.full(shape, 77, dtype=dtype) for dtype, shape in layouts]
+        for part in parts:
+            pair.recv([part], 0, 0).wait()
+            self.received += part.numel()
+        return parts
+
+
+class Stages:
+    """The senders and receivers of both tensor-parallel ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lane = HostLane()
+        names = [f"pair {part}" for part in range(PARTS)]
+        with ThreadPoolExecutor(2 * PARTS) as pool:
+            joins = [pool.submit(gloo, rank, folder / name) for name in names for rank in range(2)]
+            gathers = [pool.submit(gloo, rank, folder / "gather") for rank in range(PARTS)]
+            self._pairs = [join.result() for join in joins]
+            self._gathers = [join.result() for join in gathers]
+        lane: Any = self.lane
+        self._sockets = [socket.socketpair() for _ in range(PARTS)]
+        streams = [(RankStream(ours, 1 << 20), RankStream(theirs, 1 << 20)) for ours, theirs in self._sockets]
+        self.senders = [
+            GpuHopSender(streams[part][0], 1 << 20, self._pairs[2 * part], lane, "cpu", part, PARTS)
+            for part in range(PARTS)
+        ]
+        self.receivers = [
+            GpuHopReceiver(streams[part][1], "cpu", self._pairs[2 * part + 1], lane, self._gathers[part], PARTS)
+            for part in range(PARTS)
+        ]
+
+    def send(self, call_id: int, tensors: dict[str, Any] | None, *replicated: str) -> list[threading.Thread]:
+        """From threads: Gloo's sends may wait for the receiver, which NCCL's do not."""
+        return [start(sender.send, call_id, tensors, frozenset(replicated)) for sender in self.senders]
+
+    def receive(self, call_id: int) -> list[Any]:
+        with ThreadPoolExecutor(PARTS) as pool:
+            return list(pool.map(lambda receiver: receiver.receive(call_id), self.receivers))
+
+    def close(self) -> None:
+        for pair in self._sockets:
+            for end in pair:
+                end.close()
+
+
+def start(function: Callable[..., object], *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=function, args=args)
+    thread.start()
+    return thread
+
+
+def gloo(rank: int, path: Path) -> Any:
+    store = dist.FileStore(str(path), 2)  # type: ignore[attr-defined]
+    group = dist.ProcessGroup(store, rank, 2)
+    backend = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=30))
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    return group
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> Iterator[Stages]:
+    made = Stages(tmp_path)
+    yield made
+    made.close()
+
+
+def test_tensors_of_any_kind_arrive(stages: Stages) -> None:
+    tensors: dict[str, Any] = {
+        "even": torch.arange(24.0).reshape(4, 6),
+        "odd": torch.arange(15).reshape(3, 5),
+        "turned": torch.arange(8, dtype=torch.bfloat16).reshape(2, 4).t(),
+        "scalar": torch.tensor(2.5),
+        "none": torch.empty(0, 7),
+        "array": np.array([1, 2]),
+    }
+    for call_id in (1, 2, 3):
+        threads = stages.send(call_id, tensors, "even", "odd", "turned", "none")
+        for received in stages.receive(call_id):
+            assert set(received) == set(tensors)
+            for name, value in tensors.items():
+                assert received[name].shape == value.shape
+                assert received[name].dtype == value.dtype
+                assert (received[name] == value).all()
+        for thread in threads:
+            thread.join()
+
+
+def test_of_what_is_replicated_each_rank_sends_its_part(stages: Stages) -> None:
+    threads = stages.send(1, {"same": torch.ones(1000), "own": torch.ones(10)}, "same")
+    assert all(received["same"].sum() == 1000 for received in stages.receive(1))
+    assert stages.lane.received == 1000 + 2 * 10
+    for thread in threads:
+        thread.join()
+
+
+def test_steps_that_were_not_run_leave_nothing_behind(stages: Stages) -> None:
+    """The sender skips 2; the receiver does not run 3; the sender does not run 5."""
+    threads = []
+    for call_id in (1, 2, 3, 4, 6):
+        threads += stages.send(call_id, None if call_id == 2 else {"x": torch.full((call_id * 10,), call_id)}, "x")
+        for thread in threads[-PARTS:]:
+            thread.join(0.2)  # the frames of a connection in their order
+    for call_id, expected in ((1, 1), (2, None), (4, 4), (5, None), (6, 6)):
+        for received in stages.receive(call_id):
+            if expected is None:
+                assert received is None
+            else:
+                assert received["x"].tolist() == [expected] * (10 * expected)
+    for thread in threads:
+        thread.join()
+    assert stages.lane.received == stages.lane.sent == 10 + 30 + 40 + 60
+
+
+def test_what_cannot_be_handed_on_is_not_announced(stages: Stages) -> None:
+    with pytest.raises(TypeError, match="'text' is a str"):
+        stages.senders[0].send(1, {"x": torch.ones(3), "text": "no"})
+    with pytest.raises(PayloadError, match="the intermediate tensors are"):
+        stages.senders[0].send(1, {"x": torch.ones(3), "array": np.ones(1 << 18)})
+    assert stages.lane.sent == 0

@@ -18,7 +18,7 @@ The transports live beside this package, each in one of its own: `asyncexec_loca
 """
 
 from asyncexec.aggregate import Aggregator, AllRanks, Chain, FirstRank
-from asyncexec.config import ExecutorConfig, Timeouts
+from asyncexec.config import ExecutorConfig, ReconfigureDistributedRequest, Timeouts
 from asyncexec.connectors import ECOutputAggregator, KVOutputAggregator, PendingTransfer
 from asyncexec.driver import create_executor
 from asyncexec.errors import (
@@ -75,6 +75,7 @@ __all__ = [
     "RankContext",
     "RankReport",
     "RankUnhealthy",
+    "ReconfigureDistributedRequest",
     "ReplyLost",
     "Report",
     "StepFuture",

@@ -15,10 +15,11 @@ import msgspec
 
 from asyncexec.aggregate import STEP_METHODS, Aggregator, AllRanks, FirstRank, make_aggregators, tell_rank_lost
 from asyncexec.codec import Codec
-from asyncexec.config import ExecutorConfig, convert
+from asyncexec.config import ExecutorConfig, ReconfigureDistributedRequest, convert
 from asyncexec.errors import (
     AsyncExecError,
     ConfigError,
+    ExecutorBusy,
     ExecutorClosed,
     ExecutorFailed,
     PayloadError,
@@ -81,6 +82,7 @@ class _State(enum.Enum):
     NEW = "has not been started"
     STARTING = "is starting"
     RUNNING = "is running"
+    REINITIALIZING = "is being re-initialised"
     CLOSING = "is closing"
     CLOSED = "is closed"
 
@@ -96,7 +98,7 @@ class Driver(Executor):
         aggregator: Aggregator | None,
         transport: type[Transport] | None = None,
     ) -> None:
-        self._config = config
+        self._adopt(config)
         worker_class = load_worker_class(worker)
         self._codec = Codec(worker_class)
         # a rank has another __main__: from there the class itself travels
@@ -117,10 +119,7 @@ class Driver(Executor):
             config.options.get(config.transport, {}), transport.Options, where=f"options.{config.transport}: "
         )
         self._transport = transport(config, options, self)
-        self._ranks = tuple(range(config.world_size))
-        self._others = tuple(rank for rank in self._ranks if rank != config.output_rank)
         self._steps = 0
-        self._rank_free = [0] * config.world_size
         self._state = _State.NEW
         self._aborted = False
         self._opened = False
@@ -134,6 +133,7 @@ class Driver(Executor):
         self._held: dict[int, tuple[Call, WorkerError]] = {}
         self._reporter = Reporter(self._report_text)
         self._explaining: set[asyncio.Task[None]] = set()
+        self._reinitializing: asyncio.Task[None] | None = None
         self._failure: AsyncExecError | None = None
         self._failure_callbacks: list[Callable[[AsyncExecError], None]] = []
 
@@ -148,7 +148,7 @@ class Driver(Executor):
         limit = self._config.timeouts.start
         try:
             with anyio.move_on_after(limit) as scope:
-                await self._transport.open()
+                await self._transport.open(self._config)
                 self._opened = True
                 self._check_starting()
                 await self._submit(self._start_frame(), "start", self._ranks, _ALL, limit)
@@ -194,6 +194,8 @@ class Driver(Executor):
             await self._transport.close()
             await asyncio.gather(*self._explaining)
             self._end_calls("the executor was closed before the call was done")
+            if self._reinitializing is not None:
+                await asyncio.wait([self._reinitializing])
             self._state = _State.CLOSED
 
     def abort(self) -> None:
@@ -210,6 +212,92 @@ class Driver(Executor):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    async def reinitialize_distributed(self, request: ReconfigureDistributedRequest) -> None:
+        self._check_running()
+        config = self._config.reconfigured(request)
+        if request.leave:
+            await self.aclose()
+            return
+        self._state = _State.REINITIALIZING
+        self._reinitializing = self._loop.create_task(self._reinitialize(config))
+        await _outlast(self._reinitializing)
+
+    async def _reinitialize(self, config: ExecutorConfig) -> None:
+        """Change the ranks' layout, or change it back.  A task of its own: who awaits it may be cancelled."""
+        old, limit = self._config, self._config.timeouts.drain
+        try:
+            with anyio.move_on_after(limit) as scope:
+                await self._until(lambda: not self._window.in_flight + self._window.queued)
+            if scope.cancelled_caught:
+                message = f"the calls in flight were not done within {limit:g} s"
+                raise StepTimeout(message, timeout=limit, waiting_for=(), method="reinitialize_distributed")
+            started = range(old.world_size, config.world_size)
+            try:
+                await self._bring_up(config, started)
+            except Exception:
+                await self._transport.close(started)
+                raise
+            try:
+                await self._take_places(config)
+            except Exception as error:
+                await self._take_back(old, started, error)
+                raise
+            self._carry_out(self._window.resize(config.world_size, config.max_concurrent_batches))
+            self._window.epoch += 1
+            self._adopt(config)
+            leaving = range(config.world_size, old.world_size)
+            for rank in leaving:
+                self._tell_aggregators(rank)
+            await self._transport.close(leaving)
+        except WorkerError as error:
+            raise WorkerStartError.of(error) from None
+        finally:
+            if self._state is _State.REINITIALIZING:
+                self._state = _State.RUNNING
+            self._carry_out(())  # whoever waits for a slot looks again
+
+    async def _bring_up(self, config: ExecutorConfig, started: Sequence[int]) -> None:
+        """Start the ranks that are missing; the others must not be made to wait for one that does not come up."""
+        limit = config.timeouts.start
+        with anyio.move_on_after(limit) as scope:
+            await self._transport.open(config)
+            for rank in started:
+                await self._transport.inspect(rank)
+        if scope.cancelled_caught:
+            raise StepTimeout(f"new ranks not up after {limit:g} s", timeout=limit, waiting_for=started, method="start")
+
+    async def _take_places(self, config: ExecutorConfig) -> None:
+        """Have the ranks of `config` join each other, and their workers take their places."""
+        everybody = max(config.world_size, self._config.world_size)
+        self._carry_out(self._window.resize(everybody, config.max_concurrent_batches))
+        ranks = range(config.world_size)
+        await self._submit(self._start_frame(), "start", ranks, _ALL, config.timeouts.start)
+
+    async def _take_back(self, old: ExecutorConfig, started: Sequence[int], cause: Exception) -> None:
+        """Have the ranks take their old places again; `cause` is why."""
+        if self._failure is not None or self._state is not _State.REINITIALIZING:
+            return  # the executor has failed, or is being closed
+        try:
+            await self._transport.close(started)
+            self._carry_out(self._window.resize(old.world_size, old.max_concurrent_batches))
+            await self._transport.open(old)
+            await self._take_places(old)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the ranks have no places any more
+            if self._failure is None and self._state is _State.REINITIALIZING:
+                failure = _going_back_failed(error, cause)
+                self._fail(failure, lambda call: ExecutorFailed(failure))
+
+    def _adopt(self, config: ExecutorConfig) -> None:
+        """Work with this configuration from now on."""
+        self._config = config
+        self._ranks = tuple(range(config.world_size))
+        self._others = tuple(rank for rank in self._ranks if rank != config.output_rank)
+        self._rank_free: dict[int, int] = collections.defaultdict(int)
+
+    def _tell_aggregators(self, lost: int) -> None:
+        for aggregator in self._aggregators.values():
+            tell_rank_lost(aggregator, lost)
 
     def _start_frame(self) -> Frame:
         try:
@@ -236,7 +324,10 @@ class Driver(Executor):
         return self._step("sample_tokens", args, timeout, slot=False)
 
     async def slot(self) -> None:
-        await self._until(lambda: self._window.has_room or self._state is not _State.RUNNING)
+        def settled() -> bool:
+            return self._window.has_room if self._state is _State.RUNNING else self._state is not _State.REINITIALIZING
+
+        await self._until(settled)
         self._check_running()
 
     async def collective_rpc(
@@ -372,10 +463,14 @@ class Driver(Executor):
 
     def rank_lost(self, rank: int, loss: RankLoss) -> None:
         """A rank ended by itself; called by the transport.  Without it no call can complete: the executor fails."""
-        for aggregator in self._aggregators.values():
-            tell_rank_lost(aggregator, rank)
         last = self._window.last_sent(rank)
         died = functools.partial(_worker_died, rank, loss, f"{last.method}, call {last.call_id}" if last else "none")
+        if rank >= self._config.world_size:
+            # it was to have a place in a new layout, without which the executor goes on
+            if last is not None:
+                self._carry_out(self._window.errored(rank, last.call_id, last.epoch, died(last)))
+            return
+        self._tell_aggregators(rank)
         self._fail(died(), died)
 
     # --------------------------------------------------------------------------------------------------- inside
@@ -498,6 +593,8 @@ class Driver(Executor):
     def _check_running(self) -> None:
         if self._failure is not None:
             raise ExecutorFailed(self._failure)
+        if self._state is _State.REINITIALIZING:
+            raise ExecutorBusy(f"the executor {self._state.value}: await executor.slot() before submitting more")
         if self._state is not _State.RUNNING:
             raise ExecutorClosed(f"the executor {self._state.value}")
         if threading.get_ident() != self._thread:
@@ -523,6 +620,15 @@ async def _outlast(task: asyncio.Task[None]) -> None:
     if cancelled is not None:
         raise cancelled
     task.result()
+
+
+def _going_back_failed(error: Exception, cause: Exception) -> AsyncExecError:
+    failure = AsyncExecError(
+        f"re-initialising failed ({type(cause).__name__}: {cause}), and so did going back to the old layout: "
+        f"{type(error).__name__}: {error}"
+    )
+    failure.__cause__ = error
+    return failure
 
 
 def _worker_died(rank: int, loss: RankLoss, last_call: str, call: Call | None = None) -> WorkerDied:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,8 +51,9 @@ def _make_groups(dist: Any, rank: int, tensor_parallel_size: int, pipeline_paral
 
 def leave_groups(groups: ProcessGroups) -> None:
     """Leave what `join_groups` made."""
-    if groups.world is not None:
-        importlib.import_module("torch.distributed").destroy_process_group()
+    dist: Any = sys.modules.get("torch.distributed")
+    if groups.world is not None or (dist is not None and dist.is_initialized()):  # joining may have ended half way
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

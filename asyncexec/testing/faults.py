@@ -75,17 +75,21 @@ class _FaultyTransport(Transport):
         self._faults = faults
         self._ends = random.Random(f"{faults.seed} ends")
         self._calls_sent = 0
-        self._calls = [
-            _Way(faults if faults.calls else Faults(), f"{faults.seed} to {rank}", self._sender(rank))
-            for rank in range(self.config.world_size)
-        ]
-        self._replies = [
-            _Way(faults, f"{faults.seed} from {rank}", self._receiver(rank)) for rank in range(self.config.world_size)
-        ]
+        self._calls: list[_Way] = []
+        self._replies: list[_Way] = []
+        self._make_ways(self.config.world_size)
 
-    async def open(self) -> None:
+    def _make_ways(self, world_size: int) -> None:
+        faults = self._faults
+        for rank in range(len(self._calls), world_size):
+            to_rank = faults if faults.calls else Faults()
+            self._calls.append(_Way(to_rank, f"{faults.seed} to {rank}", self._sender(rank)))
+            self._replies.append(_Way(faults, f"{faults.seed} from {rank}", self._receiver(rank)))
+
+    async def open(self, config: ExecutorConfig) -> None:
         """Open the transport."""
-        await self.inner.open()
+        await self.inner.open(config)
+        self._make_ways(config.world_size)
         if (self._faults.kill or self._faults.stop) and self.inner.kernel_state(0).pid is None:
             self.inner.abort()
             await self.inner.close()
@@ -116,9 +120,9 @@ class _FaultyTransport(Transport):
         """Ask the transport."""
         return self.inner.kernel_state(rank)
 
-    async def close(self) -> None:
+    async def close(self, ranks: Sequence[int] | None = None) -> None:
         """Close the transport."""
-        await self.inner.close()
+        await self.inner.close(ranks)
 
     def abort(self) -> None:
         """Abort the transport."""

@@ -1,6 +1,7 @@
 """What a rank's process runs, and the rank's half of the transport."""
 
 import ctypes
+import functools
 import importlib
 import os
 import signal
@@ -19,6 +20,7 @@ from asyncexec.transport import RankLink
 from asyncexec.wire import Frame, FrameKind
 from asyncexec.worker import ProcessGroups, RankContext
 from asyncexec_nccl.hops import HopReceiver, HopSender
+from asyncexec_nccl.layout import receive_layout
 from asyncexec_nccl.process import RankLaunch
 from asyncexec_nccl.stream import RankStream
 
@@ -46,7 +48,12 @@ class _SocketLink(RankLink):
         self._launch = launch
         self._stream = self._open(launch.control)
         self._side = self._open(launch.side)
+        os.set_inheritable(launch.layouts, False)
+        self._layouts = socket.socket(fileno=launch.layouts)
+        self._layouts.setblocking(False)
         self._groups = ProcessGroups()
+        self._previous: HopReceiver | None = None
+        self._next: HopSender | None = None
 
     def _open(self, descriptor: int) -> RankStream:
         os.set_inheritable(descriptor, False)
@@ -62,41 +69,38 @@ class _SocketLink(RankLink):
             return  # the driver is gone: `receive` says so next
 
     def join(self) -> RankContext:
-        launch = self._launch
-        size = launch.tensor_parallel_size
-        world_size = size * launch.pipeline_parallel_size
-        device = "cpu"
-        if launch.backend != "none":
-            backend = choose_backend(launch.backend, world_size)
-            if backend == "nccl":
-                device = f"cuda:{launch.rank}"
-                importlib.import_module("torch").cuda.set_device(device)
-            else:
-                # ranks of one host meet on the loopback interface, whatever the host's name resolves to
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            self._groups = join_groups(backend, launch.rank, size, launch.pipeline_parallel_size, self._open_store)
-        if launch.previous >= 0:
-            self._previous = HopReceiver(self._open(launch.previous), device)
-        if launch.next >= 0:
-            self._next = HopSender(self._open(launch.next), launch.max_frame_bytes)
+        rank, backend = self._launch.rank, self._launch.backend
+        layout, joints = receive_layout(self._layouts)
+        device, size = "cpu", layout.tensor_parallel_size
+        try:
+            if backend != "none":
+                backend = choose_backend(backend, layout.world_size)
+                if backend == "nccl":
+                    device = f"cuda:{rank}"
+                    importlib.import_module("torch").cuda.set_device(device)
+                else:
+                    # ranks of one host meet on the loopback interface, whatever the host's name resolves to
+                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                open_store = functools.partial(_open_store, joints.store, layout.world_size)
+                self._groups = join_groups(backend, rank, size, layout.pipeline_parallel_size, open_store)
+        finally:
+            if backend == "none" or layout.world_size == 1:
+                os.close(joints.store)  # else see `_open_store`
+            if joints.previous is not None:
+                self._previous = HopReceiver(self._open(joints.previous), device)
+            if joints.next is not None:
+                self._next = HopSender(self._open(joints.next), self._launch.max_frame_bytes)
         return RankContext(
-            rank=launch.rank,
-            local_rank=launch.rank,
-            world_size=world_size,
-            tensor_parallel_rank=launch.rank % size,
+            rank=rank,
+            local_rank=rank,
+            world_size=layout.world_size,
+            tensor_parallel_rank=rank % size,
             tensor_parallel_size=size,
-            pipeline_parallel_rank=launch.rank // size,
-            pipeline_parallel_size=launch.pipeline_parallel_size,
+            pipeline_parallel_rank=rank // size,
+            pipeline_parallel_size=layout.pipeline_parallel_size,
             device=device,
             groups=self._groups,
         )
-
-    def _open_store(self) -> Any:
-        """Where the ranks meet: a file in memory only, which nobody but them can open.  No port, no path."""
-        launch = self._launch
-        world_size = launch.tensor_parallel_size * launch.pipeline_parallel_size
-        store = importlib.import_module("torch.distributed").FileStore
-        return store(f"/proc/self/fd/{launch.store}", world_size)
 
     def answer_inspections(self, describe: Callable[[], bytes]) -> None:
         # a daemon: it ends with the process, at the latest with the driver
@@ -113,13 +117,32 @@ class _SocketLink(RankLink):
                 self._side.send(Frame(FrameKind.REPORT))
 
     def send_intermediate(self, call_id: int, tensors: Mapping[str, Any] | None) -> None:
+        if self._next is None:
+            raise ConfigError("there is no pipeline stage behind this one")
         self._next.send(call_id, tensors)
 
     def receive_intermediate(self, call_id: int) -> Mapping[str, Any] | None:
+        if self._previous is None:
+            raise ConfigError("there is no pipeline stage before this one")
         return self._previous.receive(call_id)
 
     def leave(self) -> None:
         leave_groups(self._groups)
+        self._groups = ProcessGroups()
+        if self._previous is not None:
+            self._previous.close()
+        if self._next is not None:
+            self._next.close()
+        self._previous = self._next = None
+
+
+def _open_store(descriptor: int, world_size: int) -> Any:
+    """Where the ranks meet: a file in memory only, which nobody but them can open.  No port, no path.
+
+    A FileStore opens its file once more when it is destroyed, which is when the worker lets go of the last group: the
+    descriptor must stay what it is, and is never closed.
+    """
+    return importlib.import_module("torch.distributed").FileStore(f"/proc/self/fd/{descriptor}", world_size)
 
 
 def choose_backend(backend: str, world_size: int) -> str:

@@ -11,7 +11,7 @@ The layers, from the bottom; imports go downward only:
     registry  window  future            installed transports; calls in flight; what callers hold
     connectors  aggregate               merging what the ranks report
     supervision  reporting              whether the ranks are well; telling people
-    executor  submission  driver        the interface, and its one implementation over any transport
+    executor  submission  calls  driver  the interface, and its one implementation over any transport
     run  cli  demo                      the event loop, the command line, a real engine
 
 The transports live beside this package, each in one of its own: `asyncexec_local`, `asyncexec_nccl`.

@@ -205,7 +205,8 @@ class Driver(Executor):
             body, buffers = dumps(self._spec)
         except Exception as error:
             raise ConfigError(f"the worker cannot be sent to its ranks: {type(error).__name__}: {error}") from error
-        return Frame(FrameKind.START, body=body, buffers=buffers)
+        step = max(0, self._codec.method_number("execute_model"))
+        return Frame(FrameKind.START, method=step, body=body, buffers=buffers)
 
     # ---------------------------------------------------------------------------------------------------- calls
 
@@ -288,7 +289,7 @@ class Driver(Executor):
         submitted: int = 0,
     ) -> StepFuture[Any]:
         """Give a call to the window.  Raises PayloadError where it is too large, ExecutorBusy where it must wait."""
-        if refusal := frame.refusal(self._config.max_frame_bytes):
+        if refusal := self._transport.refusal(frame, ranks):
             raise PayloadError(f"the arguments {refusal}", method=method)
         output_rank = self._config.output_rank if self._config.output_rank in ranks else ranks[0]
         wanted = ranks if aggregator.needs_all_ranks else (output_rank,)
@@ -510,6 +511,7 @@ def _worker_died(rank: int, loss: RankLoss, last_call: str, call: Call | None = 
         signal=loss.signal,
         last_call=last_call,
         stderr=loss.stderr,
+        node=loss.node,
         method=call.method if call else "",
         call_id=call.call_id if call else 0,
         epoch=call.epoch if call else 0,

@@ -174,6 +174,7 @@ class WorkerDied(CallError):
         signal: the signal's name, such as "SIGKILL"; None when it exited.
         last_call: the last call that it had been sent and that was not done, such as "execute_model, call 7".
         stderr: the end of what it wrote to standard error.
+        node: the host that it ran on, where the transport places ranks on several.
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class WorkerDied(CallError):
         signal: str | None = None,
         last_call: str = "",
         stderr: str = "",
+        node: str | None = None,
         method: str = "",
         call_id: int = 0,
         epoch: int = 0,
@@ -192,6 +194,7 @@ class WorkerDied(CallError):
     ) -> None:
         self.last_call = last_call
         self.stderr = stderr
+        self.node = node
         self.pid = pid
         self.exit_code = exit_code
         self.signal = signal

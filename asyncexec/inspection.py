@@ -105,7 +105,10 @@ def blame(ranks: Sequence[RankReport]) -> list[int]:
 
 
 class Activity:
-    """What a rank's main thread is doing; written by that thread, read by the one that answers questions."""
+    """What a rank's main thread is doing; written by that thread, read by the one that answers questions.
+
+    The main thread is the one that runs the current call: some transports have two that take turns.
+    """
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
@@ -119,6 +122,7 @@ class Activity:
 
     def begin(self, method: str, call_id: int) -> None:
         """The main thread takes up a call."""
+        self._thread = threading.get_ident()
         self._method, self._call_id, self._running = method, call_id, True
         self._since = self._progressed = time.monotonic_ns()
         self._progress += 1

@@ -97,8 +97,9 @@ def load_worker_class(worker: str | type) -> type:
 class RankRuntime:
     """Serves one rank until the driver asks it to stop, or is gone.
 
-    Calls run one after the other, in the order sent, on the thread that calls `serve`.  Replies leave in call order
-    too: while a deferred output is waited for, the results of later calls queue up behind it.
+    A transport gives it frames one after the other, in the order sent: by `serve`, or by calls of `handle` between
+    `begin` and `finish`, on whatever threads it has.  Replies leave in call order too: while a deferred output is
+    waited for, the results of later calls queue up behind it.
     """
 
     def __init__(self, link: RankLink) -> None:
@@ -111,23 +112,35 @@ class RankRuntime:
         self._replies = _ReplyQueue()
         self._activity = Activity()
 
-    def serve(self) -> None:
-        """Take frames until STOP or the end of the stream, then let the worker and the link end."""
+    def serve(self, receive: Callable[[], Frame | None]) -> None:
+        """Take what `receive` returns until that is STOP or None, then let the worker and the link end."""
+        self.begin()
+        try:
+            while (frame := receive()) is not None and frame.kind is not FrameKind.STOP:
+                self.handle(frame)
+        finally:
+            self.finish()
+
+    def begin(self) -> None:
+        """Answer inspections from now on."""
         self._activity = Activity()
         self._link.answer_inspections(self._describe)
+
+    def handle(self, frame: Frame) -> None:
+        """Run a START or a CALL on the calling thread; returns when the worker's method has."""
+        if frame.kind is FrameKind.START:
+            self._start(frame)
+        else:
+            self._call(frame)
+
+    def finish(self) -> None:
+        """Send what is still waited for, then let the worker and the link end."""
+        self._replies.finish()
         try:
-            while (frame := self._link.receive()) is not None and frame.kind is not FrameKind.STOP:
-                if frame.kind is FrameKind.START:
-                    self._start(frame)
-                else:
-                    self._call(frame)
+            if callable(shutdown := getattr(self._worker, "shutdown", None)):
+                shutdown()
         finally:
-            self._replies.finish()
-            try:
-                if callable(shutdown := getattr(self._worker, "shutdown", None)):
-                    shutdown()
-            finally:
-                self._link.leave()
+            self._link.leave()
 
     def _describe(self) -> bytes:
         return msgspec.msgpack.encode(self._activity.report(self._context.rank, deferred=self._replies.busy))

@@ -30,6 +30,7 @@ class RankLoss:
         exit_code: None where a signal ended it, or nothing is known.
         signal: the signal's name, such as "SIGKILL".
         stderr: the end of what it wrote to standard error.
+        node: the host that it ran on, where the transport places ranks on several.
     """
 
     reason: str
@@ -37,6 +38,7 @@ class RankLoss:
     exit_code: int | None = None
     signal: str | None = None
     stderr: str = ""
+    node: str | None = None
 
 
 class KernelState(NamedTuple):
@@ -45,10 +47,12 @@ class KernelState(NamedTuple):
     Attributes:
         state: "running" (or ready to, or asleep), "stopped" or "dead".
         words: the kernel's own, such as "State: T (stopped)".
+        pid: the process; None where the rank is a thread of this one.
     """
 
     state: Literal["running", "stopped", "dead"]
     words: str
+    pid: int | None = None
 
 
 class TransportEvents(Protocol):
@@ -93,6 +97,10 @@ class Transport(abc.ABC):
         on this machine.
         """
 
+    def refusal(self, frame: Frame, ranks: Sequence[int]) -> str | None:
+        """Why `frame` is too large to be sent to `ranks`, in words that follow "the arguments"; None where it is not."""
+        return frame.refusal(self.config.max_frame_bytes)
+
     @abc.abstractmethod
     def send(self, frame: Frame, ranks: Sequence[int]) -> None:
         """Send one frame to each of `ranks`, in order behind what was sent before.  Never blocks.
@@ -124,11 +132,7 @@ class Transport(abc.ABC):
 
 
 class RankLink(abc.ABC):
-    """The rank's half: where its frames come from and go to, and its way to the neighbouring pipeline stages."""
-
-    @abc.abstractmethod
-    def receive(self) -> Frame | None:
-        """Block until the driver's next frame; None when the driver is gone.  Called by one thread."""
+    """The rank's half: where its frames go to, and its way to the neighbouring pipeline stages."""
 
     @abc.abstractmethod
     def send(self, frame: Frame) -> None:

@@ -64,7 +64,7 @@ class Frame(msgspec.Struct, eq=False):
         kind: what it is for.
         call_id: the call it belongs to, counted from 1 within an epoch.
         epoch: which set of ranks the call belongs to.
-        method: the method's number in the codec that both ends agreed on.
+        method: the method's number in the codec that both ends agreed on; in a START, that of `execute_model`.
         reply_to: in a CALL, the one rank whose output is wanted, or `ALL_RANKS`; the others answer only errors.
         started_ns: in a reply, when the rank took the call up (CLOCK_MONOTONIC, nanoseconds).
         ended_ns: in a reply, when the worker's method had returned (and a deferred output was there).

@@ -94,7 +94,7 @@ class LocalTransport(Transport):
     def _serve(self) -> None:
         loss = RankLoss("its thread returned")
         try:
-            RankRuntime(self._link).serve()
+            RankRuntime(self._link).serve(self._link.receive)
         except BaseException as error:  # noqa: BLE001 - SystemExit of a worker ends its rank, not this process
             traceback.print_exc()
             loss = RankLoss(f"its thread ended with {type(error).__name__}: {error}")

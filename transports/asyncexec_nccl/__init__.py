@@ -4,7 +4,6 @@
     process     one rank's process: how it is spawned, watched and ended
     stream      frames over a socket: without blocking in the driver, blocking on the rank
     rank        the rank's half, and what a rank's process runs
-    groups      the process groups of torch.distributed
     hops        intermediate tensors from one pipeline stage to the next
 
 The driver imports no torch.

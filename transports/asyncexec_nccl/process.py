@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import msgspec
 
+from asyncexec.kernel import process_state, signal_name
 from asyncexec.transport import KernelState, RankLoss
 
 _LONGEST_LINE = 1 << 16
@@ -105,23 +105,13 @@ class RankProcess:
         """How it ended."""
         code = self._process.returncode
         if code is not None and code < 0:
-            known = -code in set(signal.Signals)
-            name = signal.Signals(-code).name if known else f"signal {-code}"  # real-time signals have no name
+            name = signal_name(-code)
             return RankLoss(f"killed by {name}", self.pid, None, name, self._errors.tail)
         return RankLoss(f"exited with status {code}", self.pid, code, None, self._errors.tail)
 
     def kernel_state(self) -> KernelState:
         """From /proc; a zombie counts as dead."""
-        try:
-            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-            waits_in = Path(f"/proc/{self.pid}/wchan").read_text() if self.running else ""
-        except (FileNotFoundError, ProcessLookupError):
-            return KernelState("dead", "no such process")
-        words = next(line for line in lines if line.startswith("State:")).replace("\t", " ")
-        letter = words.split()[1]
-        if waits_in not in ("", "0"):
-            words += f", in {waits_in}"
-        return KernelState("stopped" if letter in "Tt" else "dead" if letter in "ZX" else "running", words)
+        return process_state(self.pid)
 
     def _exited(self) -> None:
         self._loop.remove_reader(self._pidfd)

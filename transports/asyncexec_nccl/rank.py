@@ -12,11 +12,12 @@ from typing import Any
 
 import msgspec
 
+from asyncexec.errors import ConfigError
+from asyncexec.process_groups import join_groups, leave_groups
 from asyncexec.runtime import RankRuntime
 from asyncexec.transport import RankLink
 from asyncexec.wire import Frame, FrameKind
 from asyncexec.worker import ProcessGroups, RankContext
-from asyncexec_nccl.groups import choose_backend, join_groups, leave_groups
 from asyncexec_nccl.hops import HopReceiver, HopSender
 from asyncexec_nccl.process import RankLaunch
 from asyncexec_nccl.stream import RankStream
@@ -28,7 +29,8 @@ def main(launch_json: str) -> None:
     """Serve one rank until the driver says STOP or is gone."""
     launch = msgspec.json.decode(launch_json, type=RankLaunch)
     _end_with(launch.driver_pid)
-    RankRuntime(_SocketLink(launch)).serve()
+    link = _SocketLink(launch)
+    RankRuntime(link).serve(link.receive)
 
 
 def _end_with(driver_pid: int) -> None:
@@ -72,7 +74,7 @@ class _SocketLink(RankLink):
             else:
                 # ranks of one host meet on the loopback interface, whatever the host's name resolves to
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            self._groups = join_groups(backend, launch.rank, size, launch.pipeline_parallel_size, launch.store)
+            self._groups = join_groups(backend, launch.rank, size, launch.pipeline_parallel_size, self._open_store)
         if launch.previous >= 0:
             self._previous = HopReceiver(self._open(launch.previous), device)
         if launch.next >= 0:
@@ -88,6 +90,13 @@ class _SocketLink(RankLink):
             device=device,
             groups=self._groups,
         )
+
+    def _open_store(self) -> Any:
+        """Where the ranks meet: a file in memory only, which nobody but them can open.  No port, no path."""
+        launch = self._launch
+        world_size = launch.tensor_parallel_size * launch.pipeline_parallel_size
+        store = importlib.import_module("torch.distributed").FileStore
+        return store(f"/proc/self/fd/{launch.store}", world_size)
 
     def answer_inspections(self, describe: Callable[[], bytes]) -> None:
         # a daemon: it ends with the process, at the latest with the driver
@@ -111,3 +120,18 @@ class _SocketLink(RankLink):
 
     def leave(self) -> None:
         leave_groups(self._groups)
+
+
+def choose_backend(backend: str, world_size: int) -> str:
+    """What "auto" is on this machine: "nccl" where every rank has a GPU of its own, else "gloo".
+
+    Raises:
+        ConfigError: NCCL was asked for, and there are not enough GPUs.
+    """
+    torch = importlib.import_module("torch")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if backend == "auto":
+        return "nccl" if gpus >= world_size else "gloo"
+    if backend == "nccl" and gpus < world_size:
+        raise ConfigError(f"options.nccl.backend is 'nccl' for {world_size} ranks, and {gpus} GPUs are visible")
+    return backend

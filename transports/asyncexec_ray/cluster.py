@@ -1,0 +1,86 @@
+"""This process's connection to Ray.
+
+Ray has one connection per process, and so has this module: the executors of a process share it.  Where it was not there
+before the first of them, it ends with the last.
+"""
+
+import importlib
+import threading
+from typing import Any
+
+from asyncexec.errors import ConfigError
+
+_lock = threading.Lock()
+_made: "_Connection | None" = None
+
+
+class _Connection:
+    """A connection that executors made, and the thread that holds it.
+
+    The daemons of a local Ray end with the thread that started them: that must be one that lasts.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        self.users = 0
+        self._address = address
+        self._failure: Exception | None = None
+        self._up, self._unused = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._hold, name="asyncexec-ray", daemon=True)
+        self._thread.start()
+        self._up.wait()
+        if self._failure is not None:
+            raise ConfigError(f"Ray cannot be reached: {self._failure}") from self._failure
+
+    def end(self) -> None:
+        """Disconnect; ends the cluster if it was started for us, and no other."""
+        self._unused.set()
+        self._thread.join()
+
+    def _hold(self) -> None:
+        ray: Any = importlib.import_module("ray")
+        try:
+            _connect(ray, self._address)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is for the thread that waits
+            self._failure = error
+        self._up.set()
+        if self._failure is None:
+            self._unused.wait()
+            ray.shutdown()
+
+
+def acquire(address: str | None) -> None:
+    """Connect this process to Ray unless it is, and use that; blocks for seconds where Ray is started.
+
+    Raises:
+        ConfigError: there is no cluster at `address`, or this process is connected to another.
+    """
+    global _made
+    ray: Any = importlib.import_module("ray")
+    with _lock:
+        if not ray.is_initialized():
+            _made = _Connection(address)
+        elif address not in (None, "auto", connected := ray.get_runtime_context().gcs_address):
+            raise ConfigError(f"options.ray.address is {address!r}, and this process is connected to {connected!r}")
+        if _made is not None:
+            _made.users += 1
+
+
+def release() -> None:
+    """The reverse of `acquire`, once for each; blocks while Ray ends."""
+    global _made
+    with _lock:
+        if _made is not None:
+            _made.users -= 1
+            if _made.users == 0:
+                _made.end()
+                _made = None
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    if address is not None:
+        ray.init(address=address)
+        return
+    try:
+        ray.init(address="auto")
+    except ConnectionError:
+        ray.init(address="local", include_dashboard=False)

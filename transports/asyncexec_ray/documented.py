@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from asyncexec_ray.graph_internals import Deliver, quieten_ray
+from asyncexec_ray.graph_internals import Deliver, end_graph, quieten_ray
 
 
 class DocumentedDriver:
@@ -39,7 +39,7 @@ class DocumentedDriver:
         self._closing = True
         self._messages.put_nowait(None)
         self._steps.put_nowait(None)
-        await asyncio.to_thread(self._graph.teardown)
+        await asyncio.to_thread(end_graph, self._graph)
         for task in self._tasks:
             task.cancel()  # the graph is gone: nothing can be harmed any more
         await asyncio.wait(self._tasks)

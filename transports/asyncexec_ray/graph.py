@@ -185,7 +185,8 @@ class StepGraph:
     def _end_by(self, error: BaseException) -> None:
         if self._state is not _State.CLOSED:
             self._state = _State.CLOSED
-            self._failed(error)
+            # without the traceback: it holds a graph that was half compiled, and its actor
+            self._failed(error.with_traceback(None))
 
     def _arm(self) -> None:
         """Have `_look` called when the graph may have been idle for long enough."""

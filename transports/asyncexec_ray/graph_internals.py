@@ -7,7 +7,7 @@ Ray's own stand behind, and Ray's teardown closes them.  Steps go to the writer,
 future that could be dropped or awaited twice, and no count of them that has to be kept right.
 
 What is used, as of Ray 2.60: in `ray.dag.compiled_dag_node`, the names `AwaitableBackgroundReader` and
-`AwaitableBackgroundWriter`, and the attributes `_dag_submitter` and `_dag_output_fetcher` of a `CompiledDAG`; in
+`AwaitableBackgroundWriter`, and the attributes `_dag_submitter`, `_dag_output_fetcher` and `_proxy_actor` of a `CompiledDAG`; in
 `ray.experimental.channel.common`, the base classes `ReaderInterface` and `WriterInterface`, and `_torch_available` of
 `ChannelContext`; the messages of the logger of the former.
 """
@@ -88,7 +88,7 @@ class DirectDriver:
 
     async def close(self) -> None:
         """End the graph."""
-        await asyncio.to_thread(self._graph.teardown)
+        await asyncio.to_thread(end_graph, self._graph)
 
 
 class _Inbox:
@@ -199,6 +199,16 @@ def _make_classes() -> tuple[type, type]:
                 target.write(val, timeout)
 
     return Reader, Writer
+
+
+def end_graph(graph: Any) -> None:
+    """Tear a graph down; blocks until its ranks have ended what they do.
+
+    Its proxy actor would end with the graph object, which may be part of a cycle: it would wait for the garbage collector.
+    """
+    graph.teardown()
+    if (proxy := getattr(graph, "_proxy_actor", None)) is not None:
+        importlib.import_module("ray").kill(proxy)
 
 
 def quieten_ray() -> None:

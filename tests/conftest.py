@@ -11,6 +11,7 @@ import pytest
 import uvloop
 
 from asyncexec.testing.conformance import descriptors
+from asyncexec_ray.cluster import LOCAL_SYSTEM_CONFIG
 
 # the machines that run this are shared: how long an example takes says nothing
 hypothesis.settings.register_profile("asyncexec", deadline=None, print_blob=True)
@@ -34,7 +35,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def ray_cluster() -> Iterator[None]:
     """A Ray for all tests that need one: with more CPUs than there are, since its ranks do little."""
     ray = importlib.import_module("ray")
-    ray.init(address="local", num_cpus=16, include_dashboard=False, object_store_memory=1 << 30, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=16,
+        include_dashboard=False,
+        object_store_memory=1 << 30,
+        logging_level="ERROR",
+        _system_config=LOCAL_SYSTEM_CONFIG,
+    )
     yield
     ray.shutdown()
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from asyncexec.errors import ConfigError
 
+LOCAL_SYSTEM_CONFIG = {"worker_niceness": 0}
+"""Ray would start its workers at niceness 15: whatever else runs on the machine would hold up every step."""
+
 _lock = threading.Lock()
 _made: "_Connection | None" = None
 
@@ -83,4 +86,4 @@ def _connect(ray: Any, address: str | None) -> None:
     try:
         ray.init(address="auto")
     except ConnectionError:
-        ray.init(address="local", include_dashboard=False)
+        ray.init(address="local", include_dashboard=False, _system_config=LOCAL_SYSTEM_CONFIG)

@@ -98,7 +98,7 @@ class Transport(abc.ABC):
         """
 
     def refusal(self, frame: Frame, ranks: Sequence[int]) -> str | None:
-        """Why `frame` is too large to be sent to `ranks`, in words that follow "the arguments"; None where it is not."""
+        """Why `frame` is too large for `ranks`, in words that follow "the arguments"; None where it is not."""
         return frame.refusal(self.config.max_frame_bytes)
 
     @abc.abstractmethod

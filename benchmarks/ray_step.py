@@ -1,9 +1,9 @@
 """An awaited step on the `ray` transport beside Ray's own compiled graphs: `python benchmarks/ray_step.py`.
 
 Four ways to have 1 or 2 actors echo a byte string of 16 bytes or 10 KB, one step at a time: through asyncexec, on its
-direct and on its documented path; Ray's own `await graph.execute_async(...)`; and Ray's blocking `ray.get(graph.execute(
-...))`.  They are measured in rounds that alternate between them, because machines are noisy; the figures are medians,
-and the ratios are of medians.
+direct and on its documented path; Ray's own `await graph.execute_async(...)`; and Ray's blocking
+`ray.get(graph.execute(...))`.  They are measured in rounds that alternate between them, because machines are noisy; the
+figures are medians, and the ratios are of medians.
 """
 
 import argparse

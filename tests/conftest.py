@@ -39,7 +39,7 @@ def ray_cluster() -> Iterator[None]:
         address="local",
         num_cpus=16,
         include_dashboard=False,
-        object_store_memory=1 << 30,
+        object_store_memory=3 << 30,
         logging_level="ERROR",
         _system_config=LOCAL_SYSTEM_CONFIG,
     )

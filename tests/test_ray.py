@@ -6,14 +6,25 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import workers
 
-from asyncexec import ConfigError, Executor, PayloadError, WorkerDied, WorkerError, WorkerStartError, create_executor
-from asyncexec_ray import cluster, graph_internals
+from asyncexec import (
+    ConfigError,
+    Executor,
+    IntermediateTensors,
+    PayloadError,
+    WorkerDied,
+    WorkerError,
+    WorkerStartError,
+    create_executor,
+)
+from asyncexec_ray import graph_internals
+from asyncexec_ray.cluster import CLUSTER
 from asyncexec_ray.messages import Place
 from asyncexec_ray.placement import PlacedActor, local_ranks, sort_places
 
@@ -40,7 +51,7 @@ async def test_every_rank_of_every_stage_reports_if_the_aggregator_asks() -> Non
     class Reports(workers.FussyStages):
         def execute_model(self, scheduler_output: Any, intermediate: Any) -> Any:
             output = super().execute_model(scheduler_output, intermediate)
-            return output if self.context.is_last_stage else workers.IntermediateTensors({}, f"from {self.context.rank}")
+            return output if self.context.is_last_stage else IntermediateTensors({}, f"from {self.context.rank}")
 
     async with create_executor(layout(2, 2) | {"aggregator": "all"}, Reports) as executor:
         for _ in range(3):
@@ -79,13 +90,17 @@ async def test_a_start_without_room_is_given_up(caplog: pytest.LogCaptureFixture
 
 async def test_what_does_not_fit_a_buffer_fails_its_call_alone() -> None:
     async with create_executor(layout(2, buffer_size_bytes=10_000), workers.EchoWorker) as executor:
-        with pytest.raises(PayloadError, match=r"the arguments are 10\d\d\d bytes; options.ray.buffer_size_bytes is 10000"):
+        with pytest.raises(
+            PayloadError, match=r"the arguments are 10\d\d\d bytes; options.ray.buffer_size_bytes is 10000"
+        ):
             executor.execute_model(b"x" * 10_000)
         assert await executor.execute_model(b"x" * 9_000) == b"x" * 9_000
         assert await executor.collective_rpc("double_bytes", (b"x" * 20_000,)) == [b"x" * 40_000] * 2
     config = layout(1, 2, buffer_size_bytes=10_000)
     async with create_executor(config, workers.LargeHop, worker_kwargs={"size": 2_000}) as executor:
-        with pytest.raises(WorkerError, match=r"the intermediate tensors are 16\d\d\d bytes; .*buffer_size_bytes is 10000"):
+        with pytest.raises(
+            WorkerError, match=r"the intermediate tensors are 16\d\d\d bytes; .*buffer_size_bytes is 10000"
+        ):
             await executor.execute_model(1)
 
 
@@ -118,26 +133,26 @@ async def test_an_idle_graph_is_torn_down_and_compiled_again(monkeypatch: pytest
             assert await executor.collective_rpc("rank") == [0, 1]
 
 
-async def die(executor: Executor, victim: int, driver: str) -> WorkerDied:
+async def kill(executor: Executor, victim: int) -> None:
     pids = await executor.collective_rpc("pid")
     assert await executor.execute_model(1) == 1
     nap = asyncio.ensure_future(executor.collective_rpc("nap", (60,)))
     await asyncio.sleep(0)
     steps = [executor.execute_model(n) for n in range(2)]
     os.kill(pids[victim], signal.SIGKILL)
-    for awaitable in (*steps, nap):
+    waiting: list[Awaitable[Any]] = [*steps, nap]
+    for awaitable in waiting:
         with pytest.raises(WorkerDied, match=f"rank {victim} died: .*Ray says") as caught:
             await awaitable
         assert (caught.value.rank, caught.value.pid) == (victim, pids[victim])
         assert caught.value.node == ray.util.get_node_ip_address()
-    return caught.value
 
 
 @pytest.mark.parametrize("driver", ["direct", "documented"])
 async def test_after_a_death_a_new_executor_works_on_the_same_cluster(driver: str) -> None:
     for victim in (0, 2):
         async with create_executor(layout(2, 2, driver=driver), workers.EchoWorker) as executor:
-            await die(executor, victim, driver)
+            await kill(executor, victim)
     async with create_executor(layout(2, 2, driver=driver), workers.EchoWorker) as executor:
         assert await executor.execute_model(2) == 2
 
@@ -158,8 +173,9 @@ async def test_a_worker_that_fails_to_start() -> None:
 
 async def test_nccl_without_gpus_is_refused() -> None:
     for name in ("backend", "tensor_transport"):
+        options: dict[str, Any] = {name: "nccl"}
         with pytest.raises(ConfigError, match=f"{name} is 'nccl', and not every rank has a GPU"):
-            await create_executor(layout(2, **{name: "nccl"}), workers.EchoWorker).start()
+            await create_executor(layout(2, **options), workers.EchoWorker).start()
 
 
 async def test_another_release_of_ray_needs_the_documented_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +192,7 @@ async def test_a_cluster_that_is_not_ours_stays() -> None:
     async with create_executor(layout(), workers.EchoWorker) as executor:
         assert await executor.execute_model(1) == 1
     assert ray.is_initialized()
-    assert cluster._made is None
+    assert CLUSTER.made is None
 
 
 def test_options_that_cannot_work() -> None:

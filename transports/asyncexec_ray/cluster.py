@@ -13,9 +13,6 @@ from asyncexec.errors import ConfigError
 LOCAL_SYSTEM_CONFIG = {"worker_niceness": 0}
 """Ray would start its workers at niceness 15: whatever else runs on the machine would hold up every step."""
 
-_lock = threading.Lock()
-_made: "_Connection | None" = None
-
 
 class _Connection:
     """A connection that executors made, and the thread that holds it.
@@ -51,32 +48,44 @@ class _Connection:
             ray.shutdown()
 
 
-def acquire(address: str | None) -> None:
-    """Connect this process to Ray unless it is, and use that; blocks for seconds where Ray is started.
+class Cluster:
+    """The connection of this process, counted.
 
-    Raises:
-        ConfigError: there is no cluster at `address`, or this process is connected to another.
+    Attributes:
+        made: the connection that the first executor made; None where there is none, or somebody else made it.
     """
-    global _made
-    ray: Any = importlib.import_module("ray")
-    with _lock:
-        if not ray.is_initialized():
-            _made = _Connection(address)
-        elif address not in (None, "auto", connected := ray.get_runtime_context().gcs_address):
-            raise ConfigError(f"options.ray.address is {address!r}, and this process is connected to {connected!r}")
-        if _made is not None:
-            _made.users += 1
+
+    def __init__(self) -> None:
+        self.made: _Connection | None = None
+        self._lock = threading.Lock()
+
+    def acquire(self, address: str | None) -> None:
+        """Connect this process to Ray unless it is, and use that; blocks for seconds where Ray is started.
+
+        Raises:
+            ConfigError: there is no cluster at `address`, or this process is connected to another.
+        """
+        ray: Any = importlib.import_module("ray")
+        with self._lock:
+            if not ray.is_initialized():
+                self.made = _Connection(address)
+            elif address not in (None, "auto", connected := ray.get_runtime_context().gcs_address):
+                raise ConfigError(f"options.ray.address is {address!r}, and this process is connected to {connected!r}")
+            if self.made is not None:
+                self.made.users += 1
+
+    def release(self) -> None:
+        """The reverse of `acquire`, once for each; blocks while Ray ends."""
+        with self._lock:
+            if self.made is not None:
+                self.made.users -= 1
+                if self.made.users == 0:
+                    self.made.end()
+                    self.made = None
 
 
-def release() -> None:
-    """The reverse of `acquire`, once for each; blocks while Ray ends."""
-    global _made
-    with _lock:
-        if _made is not None:
-            _made.users -= 1
-            if _made.users == 0:
-                _made.end()
-                _made = None
+CLUSTER = Cluster()
+"""The one of this process, as Ray has it."""
 
 
 def _connect(ray: Any, address: str | None) -> None:

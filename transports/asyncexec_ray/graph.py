@@ -55,9 +55,7 @@ def compile_graph(
             ]
             replies += answers
             if number < len(stages) - 1:
-                handed_on = [
-                    actor.hand_on.bind(answer) for actor, answer in zip(actors, answers, strict=True)
-                ]
+                handed_on = [actor.hand_on.bind(answer) for actor, answer in zip(actors, answers, strict=True)]
                 if tensor_transport == "nccl":
                     handed_on = [node.with_tensor_transport(transport="nccl") for node in handed_on]
         graph = dag.MultiOutputNode([replies[rank] for rank in outputs])

@@ -1,15 +1,15 @@
 """Driving a compiled graph without Ray's overhead.  All that touches Ray's internals is in this file.
 
-Ray's own asyncio reader and writer take two tasks, two thread pools and several wake-ups for each step.  Here the writer
-writes on the event loop, which never blocks as long as no more steps are in flight than a channel has buffers; and one
-thread reads all outputs in order and wakes the loop once for whatever has come.  Both stand behind the interfaces that
-Ray's own stand behind, and Ray's teardown closes them.  Steps go to the writer, past `execute_async`: there is no Ray
-future that could be dropped or awaited twice, and no count of them that has to be kept right.
+Ray's own asyncio reader and writer take two tasks, two thread pools and several wake-ups for each step.  Here the
+writer writes on the event loop, which never blocks as long as no more steps are in flight than a channel has buffers;
+and one thread reads all outputs in order and wakes the loop once for whatever has come.  Both stand behind the
+interfaces that Ray's own stand behind, and Ray's teardown closes them.  Steps go to the writer, past `execute_async`:
+there is no Ray future that could be dropped or awaited twice, and no count of them that has to be kept right.
 
 What is used, as of Ray 2.60: in `ray.dag.compiled_dag_node`, the names `AwaitableBackgroundReader` and
-`AwaitableBackgroundWriter`, and the attributes `_dag_submitter`, `_dag_output_fetcher` and `_proxy_actor` of a `CompiledDAG`; in
-`ray.experimental.channel.common`, the base classes `ReaderInterface` and `WriterInterface`, and `_torch_available` of
-`ChannelContext`; the messages of the logger of the former.
+`AwaitableBackgroundWriter`, the attributes `_dag_submitter`, `_dag_output_fetcher` and `_proxy_actor` of a
+`CompiledDAG`, and the messages of the logger; in `ray.experimental.channel`, the base classes `ReaderInterface` and
+`WriterInterface`, and `_torch_available` of `ChannelContext`.
 """
 
 import asyncio
@@ -204,7 +204,8 @@ def _make_classes() -> tuple[type, type]:
 def end_graph(graph: Any) -> None:
     """Tear a graph down; blocks until its ranks have ended what they do.
 
-    Its proxy actor would end with the graph object, which may be part of a cycle: it would wait for the garbage collector.
+    Its proxy actor would end with the graph object, which may be part of a cycle, and then with the next garbage
+    collection.
     """
     graph.teardown()
     if (proxy := getattr(graph, "_proxy_actor", None)) is not None:

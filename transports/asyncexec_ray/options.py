@@ -29,7 +29,8 @@ class RayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         buffer_size_bytes: the largest step, and the largest intermediate tensors of one stage.  What is larger fails
             its call.  A graph has a few buffers of this size for each rank.
         idle_teardown: seconds without a step after which the graph is torn down, since its ranks wait actively; the
-            next step compiles it again.  None keeps it.
+            next step compiles it again.  None keeps it.  Ray frees the buffers of a graph only when the driver
+            disconnects: each time costs as much of the object store.
     """
 
     address: str | None = None
@@ -42,8 +43,8 @@ class RayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     backend: Literal["auto", "nccl", "gloo", "none"] = "auto"
     tensor_transport: Literal["auto", "nccl", "shm"] = "auto"
     driver: Literal["direct", "documented"] = "direct"
-    buffer_size_bytes: int = 4 << 20
-    idle_teardown: float | None = 5.0
+    buffer_size_bytes: int = 1 << 20
+    idle_teardown: float | None = 60.0
 
     def __post_init__(self) -> None:
         if self.buffer_size_bytes < 4096:

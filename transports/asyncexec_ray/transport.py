@@ -14,7 +14,8 @@ from asyncexec.config import ExecutorConfig
 from asyncexec.errors import ConfigError
 from asyncexec.transport import KernelState, RankLoss, Transport, TransportEvents
 from asyncexec.wire import Buffer, Frame, FrameKind
-from asyncexec_ray import cluster, graph_internals
+from asyncexec_ray import graph_internals
+from asyncexec_ray.cluster import CLUSTER
 from asyncexec_ray.graph import StepGraph, compile_graph
 from asyncexec_ray.member import Member, cause_of
 from asyncexec_ray.messages import Place, Seat, step_message, step_overhead
@@ -131,14 +132,14 @@ class RayTransport(Transport):
         self._kill()
 
     def _connect(self) -> None:
-        cluster.acquire(self.options.address)
+        CLUSTER.acquire(self.options.address)
         self._connected = True
 
     def _disconnect(self) -> None:
         if self._connected:
             self._connected = False
             self._placement.remove()
-            cluster.release()
+            CLUSTER.release()
 
     async def _seat(self, placed: Sequence[PlacedActor]) -> None:
         """Give the actors their ranks, and make what their steps go through."""

@@ -2,16 +2,18 @@
 
 Four ways to have 1 or 2 actors echo a byte string of 16 bytes or 10 KB, one step at a time: through asyncexec, on its
 direct and on its documented path; Ray's own `await graph.execute_async(...)`; and Ray's blocking
-`ray.get(graph.execute(...))`.  They are measured in rounds that alternate between them, because machines are noisy; the
-figures are medians, and the ratios are of medians.
+`ray.get(graph.execute(...))`.  They are measured in rounds that alternate between them, because machines are noisy, and
+each has the machine to itself, because the readers of an idle graph take a core each.  The figures are medians, and the
+ratios are of medians.
 """
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import statistics
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from asyncexec import create_executor, run
@@ -40,48 +42,54 @@ class EchoActor:
         return message
 
 
-def make_graph(ranks: int, *, awaited: bool) -> Any:
-    """A compiled graph of Ray's own; on the running loop where it is awaited."""
+@contextlib.asynccontextmanager
+async def on_ray(ranks: int, *, awaited: bool) -> AsyncIterator[Step]:
+    """Steps through a compiled graph of Ray's own."""
     actors = [ray.remote(EchoActor).remote() for _ in range(ranks)]
     with dag.InputNode() as message:
         outputs = dag.MultiOutputNode([actor.step.bind(message) for actor in actors])
-    return outputs.experimental_compile(enable_asyncio=awaited)
+    graph = outputs.experimental_compile(enable_asyncio=awaited)
+
+    async def await_it(message: bytes) -> None:
+        for output in await graph.execute_async(message):
+            await output
+
+    async def block_on_it(message: bytes) -> None:
+        ray.get(graph.execute(message))
+
+    yield await_it if awaited else block_on_it
+    await asyncio.to_thread(graph.teardown, kill_actors=True)
+
+
+@contextlib.asynccontextmanager
+async def on_asyncexec(ranks: int, driver: str) -> AsyncIterator[Step]:
+    """Steps through the transport."""
+    options = {"ray": {"backend": "none", "driver": driver}}
+    config = {"transport": "ray", "tensor_parallel_size": ranks, "options": options}
+    async with create_executor(config, EchoWorker) as executor:
+        yield executor.execute_model
+
+
+WAYS: dict[str, Callable[[int], contextlib.AbstractAsyncContextManager[Step]]] = {
+    "direct": lambda ranks: on_asyncexec(ranks, "direct"),
+    "documented": lambda ranks: on_asyncexec(ranks, "documented"),
+    "Ray, awaited": lambda ranks: on_ray(ranks, awaited=True),
+    "Ray, blocking": lambda ranks: on_ray(ranks, awaited=False),
+}
 
 
 async def measure(ranks: int, size: int, rounds: int, steps: int) -> dict[str, float]:
     """Median seconds of a step, by the way it took."""
-    awaited, blocking = make_graph(ranks, awaited=True), make_graph(ranks, awaited=False)
-
-    async def await_ray(message: bytes) -> None:
-        for output in await awaited.execute_async(message):
-            await output
-
-    async def block_on_ray(message: bytes) -> None:
-        ray.get(blocking.execute(message))
-
-    config = {"transport": "ray", "tensor_parallel_size": ranks}
-    direct = {"backend": "none", "idle_teardown": None}
-    async with (
-        create_executor(config | {"options": {"ray": direct}}, EchoWorker) as ours,
-        create_executor(config | {"options": {"ray": direct | {"driver": "documented"}}}, EchoWorker) as documented,
-    ):
-        ways: dict[str, Step] = {
-            "direct": ours.execute_model,
-            "documented": documented.execute_model,
-            "Ray, awaited": await_ray,
-            "Ray, blocking": block_on_ray,
-        }
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        message = b"x" * size
-        for number in range(rounds):
-            for name, step in ways.items():
-                for _ in range(steps):
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    message = b"x" * size
+    for _ in range(rounds):
+        for name, way in WAYS.items():
+            async with way(ranks) as step:
+                for number in range(-steps // 2, steps):
                     began = time.perf_counter()
                     await step(message)
-                    if number:  # the first round warms up
+                    if number >= 0:  # before, it warms up
                         times[name].append(time.perf_counter() - began)
-    for graph in (awaited, blocking):
-        await asyncio.to_thread(graph.teardown, kill_actors=True)
     return {name: statistics.median(measured) for name, measured in times.items()}
 
 
@@ -98,8 +106,8 @@ async def measure_all(rounds: int, steps: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--steps", type=int, default=200, help="of each way in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=500, help="of each way in each round")
     arguments = parser.parse_args()
     ray.init(address="local", num_cpus=16, include_dashboard=False, _system_config=LOCAL_SYSTEM_CONFIG)
     run(measure_all(arguments.rounds, arguments.steps))

@@ -74,6 +74,10 @@ class Member:
     def received(self, message: bytes) -> None:
         """Take a message of the rank, whichever way it came; on the loop."""
         number, frame = number_and_frame(message)
+        if number == self._received + 1 and not self._early:
+            self._received = number
+            self._on_frame(frame)
+            return
         self._early[number] = frame
         while (due := self._early.pop(self._received + 1, None)) is not None:
             self._received += 1

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from asyncexec.wire import Frame, FrameParser
+from asyncexec.wire import HEADER_SIZE, Frame, FrameParser
 
 _NUMBER = struct.Struct("<Q")
 _UNLIMITED = 1 << 62
@@ -84,7 +84,7 @@ def step_message(numbers: Sequence[int], frame: Frame) -> bytes:
 
 def step_overhead(frame: Frame, ranks: int) -> int:
     """Bytes that `step_message` adds to the frame's body and buffers."""
-    return len(step_message([0] * ranks, Frame(frame.kind))) + 8 * len(frame.buffers)
+    return HEADER_SIZE + ranks * _NUMBER.size + 8 * len(frame.buffers)
 
 
 def step_of(message: bytes, rank: int, ranks: int) -> tuple[int, Frame]:

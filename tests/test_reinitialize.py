@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,13 +27,21 @@ pytestmark = pytest.mark.usefixtures("no_leftovers")
 QUICK = {"drain": 0.3, "stop": 0.5, "terminate": 0.3}
 
 
-def nccl(tp: int, pp: int, backend: str = "none", **more: Any) -> dict[str, Any]:
-    return {
-        "transport": "nccl",
-        "tensor_parallel_size": tp,
-        "pipeline_parallel_size": pp,
-        "options": {"nccl": {"backend": backend}},
-    } | more
+Layouts = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(params=["nccl", "ray"])
+def make(request: pytest.FixtureRequest) -> Layouts:
+    """Configurations of one transport by their sizes."""
+    name = request.param
+    if name == "ray":
+        request.getfixturevalue("ray_cluster")
+
+    def config(tp: int, pp: int, backend: str = "none", **more: Any) -> dict[str, Any]:
+        sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
+        return {"transport": name, "options": {name: {"backend": backend}}} | sizes | more
+
+    return config
 
 
 def sizes(tp: int, pp: int) -> ReconfigureDistributedRequest:
@@ -47,8 +56,8 @@ async def require_layout(executor: Executor, tp: int, pp: int) -> None:
     assert executor.config.world_size == tp * pp
 
 
-async def test_ranks_come_stay_and_go() -> None:
-    async with create_executor(nccl(1, 2), workers.Movable) as executor:
+async def test_ranks_come_stay_and_go(make: Layouts) -> None:
+    async with create_executor(make(1, 2), workers.Movable) as executor:
         pids = await executor.collective_rpc("pid")
         await require_layout(executor, 1, 2)
         assert executor.max_concurrent_batches == 2
@@ -68,8 +77,8 @@ async def test_ranks_come_stay_and_go() -> None:
         assert executor.execute_model(0).call_id > 0
 
 
-async def test_process_groups_are_made_anew() -> None:
-    async with create_executor(nccl(2, 1, "gloo"), workers.MovableSum) as executor:
+async def test_process_groups_are_made_anew(make: Layouts) -> None:
+    async with create_executor(make(2, 1, "gloo"), workers.MovableSum) as executor:
         assert await executor.collective_rpc("total") == [3, 3]
         await executor.reinitialize_distributed(sizes(3, 1))
         assert await executor.collective_rpc("total") == [6, 6, 6]
@@ -77,8 +86,8 @@ async def test_process_groups_are_made_anew() -> None:
         assert await executor.collective_rpc("total") == [3, 3]
 
 
-async def test_workers_without_the_method_are_constructed_anew() -> None:
-    async with create_executor(nccl(1, 1), workers.EchoWorker) as executor:
+async def test_workers_without_the_method_are_constructed_anew(make: Layouts) -> None:
+    async with create_executor(make(1, 1), workers.EchoWorker) as executor:
         pids = await executor.collective_rpc("pid")
         await executor.execute_model(1)
         await executor.reinitialize_distributed(sizes(2, 1))
@@ -87,9 +96,9 @@ async def test_workers_without_the_method_are_constructed_anew() -> None:
 
 
 @pytest.mark.parametrize("at", ["a rank that stays", "a new rank"])
-async def test_a_worker_that_cannot_move_leaves_everything_as_it_was(at: str) -> None:
+async def test_a_worker_that_cannot_move_leaves_everything_as_it_was(make: Layouts, at: str) -> None:
     kwargs = {"refuses": (0 if at == "a rank that stays" else 2, 3)}
-    async with create_executor(nccl(2, 1, timeouts=QUICK), workers.Movable, worker_kwargs=kwargs) as executor:
+    async with create_executor(make(2, 1, timeouts=QUICK), workers.Movable, worker_kwargs=kwargs) as executor:
         pids = await executor.collective_rpc("pid")
         for _ in range(2):
             with pytest.raises(WorkerStartError, match="this rank refuses"):
@@ -100,8 +109,8 @@ async def test_a_worker_that_cannot_move_leaves_everything_as_it_was(at: str) ->
         await require_layout(executor, 4, 1)
 
 
-async def test_a_new_rank_that_dies_leaves_everything_as_it_was() -> None:
-    config = nccl(1, 1, timeouts=QUICK)
+async def test_a_new_rank_that_dies_leaves_everything_as_it_was(make: Layouts) -> None:
+    config = make(1, 1, timeouts=QUICK)
     async with create_executor(config, workers.Movable, worker_kwargs={"dies": 1}) as executor:
         with pytest.raises(WorkerDied, match="rank 1 died: exited with status 9"):
             await executor.reinitialize_distributed(sizes(2, 1))
@@ -109,17 +118,17 @@ async def test_a_new_rank_that_dies_leaves_everything_as_it_was() -> None:
         assert executor.failure is None
 
 
-async def test_a_rank_that_cannot_go_back_fails_the_executor() -> None:
+async def test_a_rank_that_cannot_go_back_fails_the_executor(make: Layouts) -> None:
     kwargs = {"refuses": (0, 2), "for_good": True}
-    async with create_executor(nccl(1, 1, timeouts=QUICK), workers.Movable, worker_kwargs=kwargs) as executor:
+    async with create_executor(make(1, 1, timeouts=QUICK), workers.Movable, worker_kwargs=kwargs) as executor:
         with pytest.raises(WorkerStartError, match="this rank refuses"):
             await executor.reinitialize_distributed(sizes(2, 1))
         with pytest.raises(ExecutorFailed, match="and so did going back"):
             executor.execute_model(1)
 
 
-async def test_an_old_rank_that_dies_meanwhile_fails_the_executor() -> None:
-    async with create_executor(nccl(2, 1, timeouts=QUICK), workers.Movable, worker_kwargs={"slow": 30.0}) as executor:
+async def test_an_old_rank_that_dies_meanwhile_fails_the_executor(make: Layouts) -> None:
+    async with create_executor(make(2, 1, timeouts=QUICK), workers.Movable, worker_kwargs={"slow": 30.0}) as executor:
         pids = await executor.collective_rpc("pid")
         moving = asyncio.ensure_future(executor.reinitialize_distributed(sizes(1, 1)))
         while (await executor.report()).ranks[0].method != "start":
@@ -130,8 +139,8 @@ async def test_an_old_rank_that_dies_meanwhile_fails_the_executor() -> None:
         assert isinstance(executor.failure, WorkerDied)
 
 
-async def test_what_was_submitted_before_finishes_first_and_the_rest_waits() -> None:
-    async with create_executor(nccl(2, 1), workers.Movable) as executor:
+async def test_what_was_submitted_before_finishes_first_and_the_rest_waits(make: Layouts) -> None:
+    async with create_executor(make(2, 1), workers.Movable) as executor:
         steps = [executor.execute_model(n) for n in range(5)]
         moving = asyncio.ensure_future(executor.reinitialize_distributed(sizes(1, 1)))
         await asyncio.sleep(0)
@@ -144,8 +153,8 @@ async def test_what_was_submitted_before_finishes_first_and_the_rest_waits() -> 
         assert await executor.execute_model(9) == 9
 
 
-async def test_calls_that_do_not_end_keep_the_layout() -> None:
-    async with create_executor(nccl(2, 1, timeouts=QUICK), workers.Movable) as executor:
+async def test_calls_that_do_not_end_keep_the_layout(make: Layouts) -> None:
+    async with create_executor(make(2, 1, timeouts=QUICK), workers.Movable) as executor:
         nap = asyncio.ensure_future(executor.collective_rpc("nap", (0.8,)))
         await asyncio.sleep(0)
         with pytest.raises(StepTimeout, match=r"not done within 0\.3 s"):
@@ -154,8 +163,8 @@ async def test_calls_that_do_not_end_keep_the_layout() -> None:
         await require_layout(executor, 2, 1)
 
 
-async def test_a_cancellation_waits_until_it_is_done() -> None:
-    async with create_executor(nccl(1, 1), workers.Movable) as executor:
+async def test_a_cancellation_waits_until_it_is_done(make: Layouts) -> None:
+    async with create_executor(make(1, 1), workers.Movable) as executor:
         moving = asyncio.ensure_future(executor.reinitialize_distributed(sizes(2, 1)))
         await asyncio.sleep(0.01)
         moving.cancel()
@@ -164,8 +173,8 @@ async def test_a_cancellation_waits_until_it_is_done() -> None:
         await require_layout(executor, 2, 1)
 
 
-async def test_closing_meanwhile_ends_everything() -> None:
-    async with create_executor(nccl(1, 1, timeouts=QUICK), workers.Movable, worker_kwargs={"slow": 30.0}) as executor:
+async def test_closing_meanwhile_ends_everything(make: Layouts) -> None:
+    async with create_executor(make(1, 1, timeouts=QUICK), workers.Movable, worker_kwargs={"slow": 30.0}) as executor:
         moving = asyncio.ensure_future(executor.reinitialize_distributed(sizes(2, 1)))
         await asyncio.sleep(0.2)
         await executor.aclose()
@@ -173,8 +182,8 @@ async def test_closing_meanwhile_ends_everything() -> None:
             await moving
 
 
-async def test_leaving_closes_the_executor() -> None:
-    async with create_executor(nccl(2, 1), workers.Movable) as executor:
+async def test_leaving_closes_the_executor(make: Layouts) -> None:
+    async with create_executor(make(2, 1), workers.Movable) as executor:
         await executor.reinitialize_distributed(ReconfigureDistributedRequest(leave=True))
         with pytest.raises(ExecutorClosed):
             executor.execute_model(1)
@@ -190,9 +199,9 @@ async def test_impossible_sizes_are_refused(layout: dict[str, Any]) -> None:
         assert await executor.execute_model(1) == 1
 
 
-async def test_the_aggregator_waits_no_longer_for_ranks_that_left() -> None:
+async def test_the_aggregator_waits_no_longer_for_ranks_that_left(make: Layouts) -> None:
     aggregator = KVOutputAggregator()
-    async with create_executor(nccl(2, 1), workers.Sender, aggregator=aggregator) as executor:
+    async with create_executor(make(2, 1), workers.Sender, aggregator=aggregator) as executor:
         await executor.execute_model([0])
         assert [transfer.missing for transfer in aggregator.pending()] == [[1]]
         await executor.reinitialize_distributed(sizes(1, 1))

@@ -228,6 +228,10 @@ class Driver(Executor):
             await self._transport.close(leaving)
         except WorkerError as error:
             raise WorkerStartError.of(error) from None
+        except Exception:
+            if self._failure is None and self._state is not _State.REINITIALIZING:
+                raise ExecutorClosed("the executor was closed while it was being re-initialised") from None
+            raise
         finally:
             if self._state is _State.REINITIALIZING:
                 self._state = _State.RUNNING

@@ -409,7 +409,8 @@ class _Suspensions:
 
 def _resources() -> tuple[int, int, int, int]:
     """Descriptors, threads, tasks and child processes."""
-    threads = [thread for thread in threading.enumerate() if "AnyIO" not in thread.name]  # kept for the loop's next use
+    # workers of thread pools are the loop's, which keeps them for their next use
+    threads = [thread for thread in threading.enumerate() if not thread.name.startswith(("AnyIO", "asyncio_"))]
     children = [task for task in os.listdir("/proc/self/task") if os.path.exists(f"/proc/self/task/{task}/children")]
     return len(descriptors()), len(threads), len(asyncio.all_tasks()), sum(map(_children, children))
 

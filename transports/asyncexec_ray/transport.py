@@ -47,6 +47,7 @@ class RayTransport(Transport):
         self._placement = Placement()
         self._graph: StepGraph | None = None
         self._connected = False
+        self._opening: asyncio.Task[None] | None = None
         self._aborted = False
         self._closing = False
         self._closed = False
@@ -66,10 +67,16 @@ class RayTransport(Transport):
         """Place the actors.  They join each other and construct their workers when they get the START frame."""
         if self.options.driver == "direct":
             graph_internals.require_support()
+        self._opening = asyncio.create_task(self._open())
         try:
-            await finish(asyncio.to_thread(self._connect))
-            placed = await self._placement.fill(self.options, self.config.world_size)
-            await self._seat(placed)
+            await self._opening
+        except asyncio.CancelledError:
+            if self._closing and self._opening.cancelled():
+                return  # by `close`, which cleans up
+            self.abort()
+            with anyio.CancelScope(shield=True):
+                await self.close()
+            raise
         except BaseException:
             self.abort()
             with anyio.CancelScope(shield=True):
@@ -112,6 +119,10 @@ class RayTransport(Transport):
             return
         self._closing = self._closed = True
         limits = self.config.timeouts
+        if self._opening is not None and not self._opening.done():
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+            self._aborted = True
         if not self._aborted:
             self.send(Frame(FrameKind.STOP), range(len(self._members)))
             if await self._within(limits.stop, lambda member: member.left):
@@ -130,6 +141,11 @@ class RayTransport(Transport):
         """Kill every actor."""
         self._closing = self._aborted = True
         self._kill()
+
+    async def _open(self) -> None:
+        await finish(asyncio.to_thread(self._connect))
+        placed = await self._placement.fill(self.options, self.config.world_size)
+        await self._seat(placed)
 
     def _connect(self) -> None:
         CLUSTER.acquire(self.options.address)

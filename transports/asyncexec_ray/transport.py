@@ -47,6 +47,7 @@ class RayTransport(Transport):
         self._placements: list[Placement] = []
         self._graph: StepGraph | None = None
         self._connected = False
+        self._opening: asyncio.Task[None] | None = None
         self._aborted = False
         self._closing = False
         self._closed = False
@@ -65,18 +66,19 @@ class RayTransport(Transport):
     async def open(self, config: ExecutorConfig) -> None:
         """Place the actors that are missing, and give all their seats.  They join each other when they get START."""
         self.config = config
-        if self._connected:
-            await self._place(config)
-            return
-        if self.options.driver == "direct":
+        is_first = not self._connected
+        if is_first and self.options.driver == "direct":
             graph_internals.require_support()
+        self._opening = asyncio.create_task(self._open(config))
         try:
-            await finish(asyncio.to_thread(self._connect))
-            await self._place(config)
-        except BaseException:
-            self.abort()
-            with anyio.CancelScope(shield=True):
-                await self.close()
+            await self._opening
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and self._closing and self._opening.cancelled():
+                return  # by `close`, which cleans up
+            if is_first:
+                self.abort()
+                with anyio.CancelScope(shield=True):
+                    await self.close()
             raise
 
     def refusal(self, frame: Frame, ranks: Sequence[int]) -> str | None:
@@ -118,6 +120,10 @@ class RayTransport(Transport):
             await finish(asyncio.to_thread(self._remove_unused))
         elif not self._closed:
             self._closing = self._closed = True
+            if self._opening is not None and not self._opening.done():
+                self._opening.cancel()
+                await asyncio.wait([self._opening])
+                self._aborted = True
             await self._end(self._members)
             await self._close_graph(_LAST_LIMIT)
             await finish(asyncio.to_thread(self._disconnect))
@@ -127,6 +133,12 @@ class RayTransport(Transport):
         self._closing = self._aborted = True
         for actor in self._actors():
             importlib.import_module("ray").kill(actor)
+
+    async def _open(self, config: ExecutorConfig) -> None:
+        """What `open` does: a task of its own, so that `close` can end it."""
+        if not self._connected:
+            await finish(asyncio.to_thread(self._connect))
+        await self._place(config)
 
     def _connect(self) -> None:
         CLUSTER.acquire(self.options.address)

@@ -11,14 +11,14 @@ The layers, from the bottom; imports go downward only:
     registry  window  future            installed transports; calls in flight; what callers hold
     connectors  aggregate               merging what the ranks report
     supervision  reporting              whether the ranks are well; telling people
-    executor  submission  driver        the interface, and its one implementation over any transport
+    executor  submission  calls  driver  the interface, and its one implementation over any transport
     run  cli  demo                      the event loop, the command line, a real engine
 
 The transports live beside this package, each in one of its own: `asyncexec_local`, `asyncexec_nccl`.
 """
 
 from asyncexec.aggregate import Aggregator, AllRanks, Chain, FirstRank
-from asyncexec.config import ExecutorConfig, Timeouts
+from asyncexec.config import ExecutorConfig, ReconfigureDistributedRequest, Timeouts
 from asyncexec.connectors import ECOutputAggregator, KVOutputAggregator, PendingTransfer
 from asyncexec.device import HostCopier
 from asyncexec.driver import create_executor
@@ -77,6 +77,7 @@ __all__ = [
     "RankContext",
     "RankReport",
     "RankUnhealthy",
+    "ReconfigureDistributedRequest",
     "ReplyLost",
     "Report",
     "StepFuture",

@@ -44,6 +44,7 @@ async def broadcast(
         await call(target, args)
 
     slot_bytes = 0
+    memory: memoryview | None = None
     try:
         for group in cut(named_tensors, bucket_bytes):
             if space(group) > slot_bytes:  # the first, or a tensor that is larger than any bucket before
@@ -64,6 +65,7 @@ async def broadcast(
         while running:
             await finish_first()
     finally:
+        memory = None  # which the traceback of an error would keep mapped
         # one failed, or nobody wants the rest: what was sent ends by itself
         for _, task in running:
             task.add_done_callback(_retrieve)

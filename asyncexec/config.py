@@ -93,12 +93,29 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         if self.max_concurrent_batches < 0:
             raise ConfigError(f"max_concurrent_batches is {self.max_concurrent_batches}; valid: whole numbers from 1")
         if self.max_concurrent_batches == 0:
-            derived = 2 if self.async_scheduling and self.pipeline_parallel_size == 1 else self.pipeline_parallel_size
-            msgspec.structs.force_setattr(self, "max_concurrent_batches", derived)
+            msgspec.structs.force_setattr(self, "max_concurrent_batches", self._derived_batches())
         if self.max_queued_steps < 0:
             raise ConfigError(f"max_queued_steps is {self.max_queued_steps}; valid: whole numbers from 0")
         if self.max_frame_bytes < 1024:
             raise ConfigError(f"max_frame_bytes is {self.max_frame_bytes}; valid: whole numbers from 1024")
+
+    def _derived_batches(self) -> int:
+        return 2 if self.async_scheduling and self.pipeline_parallel_size == 1 else self.pipeline_parallel_size
+
+    def reconfigured(self, request: "ReconfigureDistributedRequest") -> "ExecutorConfig":
+        """This configuration with the request's sizes; steps that run at once are derived anew unless they were given.
+
+        Raises:
+            ConfigError: a size that is impossible.
+        """
+        changes: dict[str, Any] = {
+            name: size
+            for name in ("tensor_parallel_size", "pipeline_parallel_size")
+            if (size := getattr(request, name)) is not None
+        }
+        if self.max_concurrent_batches == self._derived_batches():
+            changes["max_concurrent_batches"] = 0
+        return msgspec.structs.replace(self, **changes)
 
     @property
     def world_size(self) -> int:
@@ -144,6 +161,20 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     def of(cls, config: "ExecutorConfig | Mapping[str, Any]") -> "ExecutorConfig":
         """`config` itself where it is one, else built from the mapping."""
         return config if isinstance(config, ExecutorConfig) else cls.from_dict(config)
+
+
+class ReconfigureDistributedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """New parallel sizes for a running executor; see `Executor.reinitialize_distributed`.
+
+    Attributes:
+        tensor_parallel_size: None leaves it as it is.
+        pipeline_parallel_size: None leaves it as it is.
+        leave: this executor takes no further part: it is closed.
+    """
+
+    tensor_parallel_size: int | None = None
+    pipeline_parallel_size: int | None = None
+    leave: bool = False
 
 
 def convert(values: Mapping[str, Any], struct: type[StructT], *, where: str = "", strict: bool = True) -> StructT:

@@ -1,7 +1,6 @@
-"""The one implementation of `Executor`, over any transport: window, codec, deadlines and aggregation put together."""
+"""The one implementation of `Executor`, over any transport: its life, and the interface of its calls."""
 
 import asyncio
-import collections
 import enum
 import functools
 import logging
@@ -11,15 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import anyio
-import msgspec
 
 from asyncexec.aggregate import STEP_METHODS, Aggregator, AllRanks, FirstRank, make_aggregators, tell_rank_lost
 from asyncexec.broadcasting import broadcast
+from asyncexec.calls import Calls
 from asyncexec.codec import Codec
-from asyncexec.config import ExecutorConfig, convert
+from asyncexec.config import ExecutorConfig, ReconfigureDistributedRequest, convert
 from asyncexec.errors import (
     AsyncExecError,
     ConfigError,
+    ExecutorBusy,
     ExecutorClosed,
     ExecutorFailed,
     PayloadError,
@@ -34,24 +34,16 @@ from asyncexec.inspection import Report
 from asyncexec.pickling import dumps
 from asyncexec.registry import load_transport, transport_names
 from asyncexec.reporting import Reporter
-from asyncexec.runtime import RemoteFailure, WorkerSpec, load_worker_class
-from asyncexec.submission import Reply, Submission
+from asyncexec.runtime import WorkerSpec, load_worker_class
 from asyncexec.supervision import inspect_ranks, require_health
 from asyncexec.transport import RankLoss, Transport
-from asyncexec.window import Call, Complete, Counters, Decision, Fail, Send, Take, Window
-from asyncexec.wire import ALL_RANKS, Frame, FrameKind
+from asyncexec.window import Call, Counters
+from asyncexec.wire import Frame, FrameKind
 
 logger = logging.getLogger("asyncexec")
 
 _ALL = AllRanks()
 _FIRST = FirstRank()
-
-_CENSUS = 32
-"""Every so many steps, the ranks whose output is not wanted say that they are done: none of them lags further behind,
-and one that hangs is noticed by that step's deadline.  The wire carries their acknowledgements in no other step."""
-
-_DEATH_LIMIT = 0.08
-"""Seconds between a rank's connections breaking and the kernel telling of its death; more than enough."""
 
 
 def create_executor(
@@ -82,6 +74,7 @@ class _State(enum.Enum):
     NEW = "has not been started"
     STARTING = "is starting"
     RUNNING = "is running"
+    REINITIALIZING = "is being re-initialised"
     CLOSING = "is closing"
     CLOSED = "is closed"
 
@@ -97,7 +90,7 @@ class Driver(Executor):
         aggregator: Aggregator | None,
         transport: type[Transport] | None = None,
     ) -> None:
-        self._config = config
+        self._adopt(config)
         worker_class = load_worker_class(worker)
         self._codec = Codec(worker_class)
         # a rank has another __main__: from there the class itself travels
@@ -110,7 +103,6 @@ class Driver(Executor):
             raise ConfigError(f"aggregator is {aggregator!r}; valid: an object with the methods of Aggregator")
         if aggregator is not None:
             self._aggregators |= dict.fromkeys(STEP_METHODS, aggregator)
-        self._window = Window(config.world_size, config.max_concurrent_batches, config.max_queued_steps)
         if transport is None:
             transport = load_transport(config.transport)
             _refuse_unknown_tables(config)
@@ -118,23 +110,14 @@ class Driver(Executor):
             config.options.get(config.transport, {}), transport.Options, where=f"options.{config.transport}: "
         )
         self._transport = transport(config, options, self)
-        self._ranks = tuple(range(config.world_size))
-        self._others = tuple(rank for rank in self._ranks if rank != config.output_rank)
-        self._steps = 0
-        self._rank_free = [0] * config.world_size
+        self._calls = Calls(config, self._codec, self._transport, self._time_out)
         self._state = _State.NEW
         self._aborted = False
         self._opened = False
         self._closing: asyncio.Task[None] | None = None
-        self._decisions: collections.deque[Decision] = collections.deque()
-        self._carrying_out = False
-        self._failed_calls: collections.deque[tuple[int, int]] = collections.deque(maxlen=256)
-        self._changed: anyio.Event | None = None
-        self._timer: asyncio.Handle | None = None
-        self._timer_at = 0.0
-        self._held: dict[int, tuple[Call, WorkerError]] = {}
         self._reporter = Reporter(self._report_text)
         self._explaining: set[asyncio.Task[None]] = set()
+        self._reinitializing: asyncio.Task[None] | None = None
         self._failure: AsyncExecError | None = None
         self._failure_callbacks: list[Callable[[AsyncExecError], None]] = []
 
@@ -145,11 +128,12 @@ class Driver(Executor):
             raise ExecutorClosed(f"the executor {self._state.value}; each executor starts once")
         self._state = _State.STARTING
         self._loop = asyncio.get_running_loop()
+        self._calls.begin(self._loop)
         self._thread = threading.get_ident()
         limit = self._config.timeouts.start
         try:
             with anyio.move_on_after(limit) as scope:
-                await self._transport.open()
+                await self._transport.open(self._config)
                 self._opened = True
                 self._check_starting()
                 await self._submit(self._start_frame(), "start", self._ranks, _ALL, limit)
@@ -187,14 +171,16 @@ class Driver(Executor):
         if self._state is _State.RUNNING:
             self._state = _State.CLOSING
             with anyio.move_on_after(self._config.timeouts.drain):
-                await self._until(lambda: not self._window.in_flight + self._window.queued)
+                await self._calls.until(lambda: self._calls.are_done)
         self._state = _State.CLOSING
         try:
             await self._reporter.close()
         finally:
             await self._transport.close()
             await asyncio.gather(*self._explaining)
-            self._end_calls("the executor was closed before the call was done")
+            self._calls.end("the executor was closed before the call was done")
+            if self._reinitializing is not None:
+                await asyncio.wait([self._reinitializing])
             self._state = _State.CLOSED
 
     def abort(self) -> None:
@@ -202,15 +188,95 @@ class Driver(Executor):
             self._state = _State.CLOSING
             self._aborted = True
             self._transport.abort()
-            self._end_calls("the executor was aborted")
+            self._calls.end("the executor was aborted")
 
-    def _end_calls(self, why: str) -> None:
-        for call_id in list(self._held):
-            self._release(call_id)
-        self._carry_out(self._window.fail(lambda call: ExecutorClosed(f"{why} [{call.method}, call {call.call_id}]")))
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    async def reinitialize_distributed(self, request: ReconfigureDistributedRequest) -> None:
+        self._check_running()
+        config = self._config.reconfigured(request)
+        if request.leave:
+            await self.aclose()
+            return
+        self._state = _State.REINITIALIZING
+        self._reinitializing = self._loop.create_task(self._reinitialize(config))
+        await _outlast(self._reinitializing)
+
+    async def _reinitialize(self, config: ExecutorConfig) -> None:
+        """Change the ranks' layout, or change it back.  A task of its own: who awaits it may be cancelled."""
+        old, limit = self._config, self._config.timeouts.drain
+        try:
+            with anyio.move_on_after(limit) as scope:
+                await self._calls.until(lambda: self._calls.are_done)
+            if scope.cancelled_caught:
+                message = f"the calls in flight were not done within {limit:g} s"
+                raise StepTimeout(message, timeout=limit, waiting_for=(), method="reinitialize_distributed")
+            started = range(old.world_size, config.world_size)
+            try:
+                await self._bring_up(config, started)
+            except Exception:
+                await self._transport.close(started)
+                raise
+            try:
+                await self._take_places(config)
+            except Exception as error:
+                await self._take_back(old, started, error)
+                raise
+            self._calls.resize(config.world_size, config.max_concurrent_batches)
+            self._calls.begin_epoch()
+            self._adopt(config)
+            leaving = range(config.world_size, old.world_size)
+            for rank in leaving:
+                self._tell_aggregators(rank)
+            await self._transport.close(leaving)
+        except WorkerError as error:
+            raise WorkerStartError.of(error) from None
+        except Exception:
+            if self._failure is None and self._state is not _State.REINITIALIZING:
+                raise ExecutorClosed("the executor was closed while it was being re-initialised") from None
+            raise
+        finally:
+            if self._state is _State.REINITIALIZING:
+                self._state = _State.RUNNING
+            self._calls.look_again()  # whoever waits for a slot
+
+    async def _bring_up(self, config: ExecutorConfig, started: Sequence[int]) -> None:
+        """Start the ranks that are missing; the others must not be made to wait for one that does not come up."""
+        limit = config.timeouts.start
+        with anyio.move_on_after(limit) as scope:
+            await self._transport.open(config)
+            for rank in started:
+                await self._transport.inspect(rank)
+        if scope.cancelled_caught:
+            raise StepTimeout(f"new ranks not up after {limit:g} s", timeout=limit, waiting_for=started, method="start")
+
+    async def _take_places(self, config: ExecutorConfig) -> None:
+        """Have the ranks of `config` join each other, and their workers take their places."""
+        everybody = max(config.world_size, self._config.world_size)
+        self._calls.resize(everybody, config.max_concurrent_batches)
+        ranks = range(config.world_size)
+        await self._submit(self._start_frame(), "start", ranks, _ALL, config.timeouts.start)
+
+    async def _take_back(self, old: ExecutorConfig, started: Sequence[int], cause: Exception) -> None:
+        """Have the ranks take their old places again; `cause` is why."""
+        if self._failure is not None or self._state is not _State.REINITIALIZING:
+            return  # the executor has failed, or is being closed
+        try:
+            await self._transport.close(started)
+            self._calls.resize(old.world_size, old.max_concurrent_batches)
+            await self._transport.open(old)
+            await self._take_places(old)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the ranks have no places any more
+            if self._failure is None and self._state is _State.REINITIALIZING:
+                failure = _going_back_failed(error, cause)
+                self._fail(failure, lambda call: ExecutorFailed(failure))
+
+    def _adopt(self, config: ExecutorConfig) -> None:
+        """Work with this configuration from now on."""
+        self._config = config
+        self._ranks = tuple(range(config.world_size))
+
+    def _tell_aggregators(self, lost: int) -> None:
+        for aggregator in self._aggregators.values():
+            tell_rank_lost(aggregator, lost)
 
     def _start_frame(self) -> Frame:
         try:
@@ -237,7 +303,10 @@ class Driver(Executor):
         return self._step("sample_tokens", args, timeout, slot=False)
 
     async def slot(self) -> None:
-        await self._until(lambda: self._window.has_room or self._state is not _State.RUNNING)
+        def settled() -> bool:
+            return self._calls.has_room if self._state is _State.RUNNING else self._state is not _State.REINITIALIZING
+
+        await self._calls.until(settled)
         self._check_running()
 
     async def collective_rpc(
@@ -316,22 +385,9 @@ class Driver(Executor):
         if refusal := self._transport.refusal(frame, ranks):
             raise PayloadError(f"the arguments {refusal}", method=method)
         output_rank = self._config.output_rank if self._config.output_rank in ranks else ranks[0]
-        wanted = ranks if aggregator.needs_all_ranks else (output_rank,)
-        frame.reply_to = ALL_RANKS if aggregator.needs_all_ranks else output_rank
-        encoded = time.monotonic_ns()
-        future: StepFuture[Any] = StepFuture(self._loop)
-        submission = Submission(frame, future, aggregator, ranks, output_rank, submitted or encoded, encoded)
-        call = Call(method, ranks, wanted, slot, ordered, timeout, submission)
-        if slot and not aggregator.needs_all_ranks:
-            self._steps += 1
-            if self._steps % _CENSUS == 0:
-                frame.acknowledge, call.acknowledging = True, self._others
-        decisions = self._window.submit(call, self._loop.time())
-        future.call_id = frame.call_id = call.call_id
-        frame.epoch = call.epoch
-        self._carry_out(decisions)
-        self._arm_timer()
-        return future
+        return self._calls.submit(
+            frame, method, ranks, output_rank, aggregator, timeout, slot=slot, ordered=ordered, submitted=submitted
+        )
 
     # ---------------------------------------------------------------------------------------------- observing
 
@@ -347,7 +403,7 @@ class Driver(Executor):
 
     @property
     def counters(self) -> Counters:
-        return self._window.counters
+        return self._calls.counters
 
     async def report(self) -> Report:
         if not self._opened:
@@ -357,10 +413,9 @@ class Driver(Executor):
     async def _report_text(self) -> str:
         config = self._config
         ranks = f"tensor parallel {config.tensor_parallel_size}, pipeline parallel {config.pipeline_parallel_size}"
-        calls = f"{self._window.in_flight} calls in flight, {self._window.queued} queued"
         failed = f"\nfailed: {self._failure}" if self._failure else ""
         report = await self.report()
-        return f"{config.transport}, {ranks}; {calls}; {self.counters}{failed}\n{report.with_stacks()}\n"
+        return f"{config.transport}, {ranks}; {self._calls}{failed}\n{report.with_stacks()}\n"
 
     async def check_health(self, timeout: float | None = None) -> None:
         self._check_running()
@@ -370,70 +425,28 @@ class Driver(Executor):
 
     def frame_received(self, rank: int, frame: Frame) -> None:
         """A rank's answer; called by the transport."""
-        if frame.kind is FrameKind.REPLY:
-            reply = Reply(frame, time.monotonic_ns(), self._rank_free[rank])
-            self._rank_free[rank] = frame.ended_ns
-            decisions = self._window.replied(rank, frame.call_id, frame.epoch, reply)
-        elif frame.kind is FrameKind.ERROR:
-            self._rank_raised(rank, frame)
-            return
-        elif frame.kind is FrameKind.DONE:
-            decisions = self._window.acknowledged(rank, frame.call_id, frame.epoch)
-        else:
-            decisions = self._window.skipped(rank, frame.call_id, frame.epoch)
-        self._carry_out(decisions)
+        self._calls.frame_received(rank, frame)
 
     def rank_lost(self, rank: int, loss: RankLoss) -> None:
         """A rank ended by itself; called by the transport.  Without it no call can complete: the executor fails."""
-        for aggregator in self._aggregators.values():
-            tell_rank_lost(aggregator, rank)
-        last = self._window.last_sent(rank)
+        last = self._calls.last_sent(rank)
         died = functools.partial(_worker_died, rank, loss, f"{last.method}, call {last.call_id}" if last else "none")
+        if rank >= self._config.world_size:
+            # it was to have a place in a new layout, without which the executor goes on
+            if last is not None:
+                self._calls.fail_one(rank, last, died(last))
+            return
+        self._tell_aggregators(rank)
         self._fail(died(), died)
 
     # --------------------------------------------------------------------------------------------------- inside
-
-    def _rank_raised(self, rank: int, frame: Frame) -> None:
-        failure = msgspec.msgpack.decode(frame.body, type=RemoteFailure)
-        call = self._window.find(frame.call_id, frame.epoch)
-        error = WorkerError(
-            failure.type,
-            failure.message,
-            failure.traceback,
-            method=call.method if call else self._codec.method_name(frame.method) or "a callable",
-            call_id=frame.call_id,
-            epoch=frame.epoch,
-            rank=rank,
-        )
-        if call is None and (frame.epoch, frame.call_id) not in self._failed_calls:
-            # the call needed the output of other ranks alone, and has completed with it
-            logger.warning("rank %d failed in a call that was complete without it: %s", rank, error)
-        decisions = self._window.errored(rank, frame.call_id, frame.epoch, error)
-        if failure.in_collective:
-            # the peer's death, which breaks a collective, is the cause to report; the kernel is about to tell of it
-            held = [decision for decision in decisions if isinstance(decision, Fail) and decision.error is error]
-            for decision in held:
-                self._held[frame.call_id] = decision.call, error
-                self._failed_calls.append((frame.epoch, frame.call_id))
-                self._loop.call_later(_DEATH_LIMIT, self._release, frame.call_id)
-            decisions = [decision for decision in decisions if decision not in held]
-        self._carry_out(decisions)
-
-    def _release(self, call_id: int) -> None:
-        """Nobody died: an error in a collective is what it seemed to be."""
-        call, error = self._held.pop(call_id, (None, None))
-        if call is not None and error is not None:
-            call.content.future.set_exception(error)
 
     def _fail(self, cause: AsyncExecError, error_for: Callable[[Call], AsyncExecError]) -> None:
         """The executor cannot go on: fail what is in flight, end the ranks, tell who asked to be told."""
         if self._failure is not None or self._aborted:
             return
         self._failure = cause
-        for call, _ in self._held.values():
-            call.content.future.set_exception(error_for(call))
-        self._held.clear()
-        self._carry_out(self._window.fail(error_for))
+        self._calls.fail_all(error_for)
         self._transport.abort()
         for callback in self._failure_callbacks:
             self._loop.call_soon(callback, cause)
@@ -456,61 +469,11 @@ class Driver(Executor):
         else:
             future.set_exception(error)
 
-    def _carry_out(self, decisions: Sequence[Decision]) -> None:
-        """Carry out decisions in order, also where carrying out one of them brings about more."""
-        self._decisions.extend(decisions)
-        if self._carrying_out:
-            return
-        self._carrying_out = True
-        try:
-            while self._decisions:
-                self._carry_out_one(self._decisions.popleft())
-        finally:
-            self._carrying_out = False
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
-
-    def _carry_out_one(self, decision: Decision) -> None:
-        submission: Submission = decision.call.content
-        if isinstance(decision, Send):
-            submission.begin(decision.call)
-            self._transport.send(submission.frame, decision.call.ranks)
-            submission.send_ended = time.monotonic_ns()
-        elif isinstance(decision, Take):
-            submission.take(decision.call, decision.rank, decision.output, self._codec)
-        elif isinstance(decision, Complete):
-            submission.complete(decision.call)
-        else:
-            self._failed_calls.append((decision.call.epoch, decision.call.call_id))
-            if isinstance(decision.error, StepTimeout):
-                self._time_out(submission.future, decision.error)
-            else:
-                submission.future.set_exception(decision.error)
-
-    async def _until(self, holds: Callable[[], bool]) -> None:
-        """Wait for something that only `_carry_out` can make true."""
-        while not holds():
-            if self._changed is None:
-                self._changed = anyio.Event()
-            await self._changed.wait()
-
-    def _arm_timer(self) -> None:
-        """Have `_expire` called at the next deadline; a timer that is too early arms itself again."""
-        deadline = self._window.next_deadline
-        if deadline is not None and (self._timer is None or deadline < self._timer_at):
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer, self._timer_at = self._loop.call_at(deadline, self._expire), deadline
-
-    def _expire(self) -> None:
-        self._timer = None
-        self._carry_out(self._window.expire(self._loop.time()))
-        self._arm_timer()
-
     def _check_running(self) -> None:
         if self._failure is not None:
             raise ExecutorFailed(self._failure)
+        if self._state is _State.REINITIALIZING:
+            raise ExecutorBusy(f"the executor {self._state.value}: await executor.slot() before submitting more")
         if self._state is not _State.RUNNING:
             raise ExecutorClosed(f"the executor {self._state.value}")
         if threading.get_ident() != self._thread:
@@ -536,6 +499,15 @@ async def _outlast(task: asyncio.Task[None]) -> None:
     if cancelled is not None:
         raise cancelled
     task.result()
+
+
+def _going_back_failed(error: Exception, cause: Exception) -> AsyncExecError:
+    failure = AsyncExecError(
+        f"re-initialising failed ({type(cause).__name__}: {cause}), and so did going back to the old layout: "
+        f"{type(error).__name__}: {error}"
+    )
+    failure.__cause__ = error
+    return failure
 
 
 def _worker_died(rank: int, loss: RankLoss, last_call: str, call: Call | None = None) -> WorkerDied:

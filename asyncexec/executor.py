@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from asyncexec.aggregate import Aggregator
-from asyncexec.config import ExecutorConfig
+from asyncexec.config import ExecutorConfig, ReconfigureDistributedRequest
 from asyncexec.errors import AsyncExecError
 from asyncexec.future import StepFuture
 from asyncexec.inspection import Report
@@ -52,6 +52,29 @@ class Executor(abc.ABC):
     def abort(self) -> None:
         """End the ranks now; what is in flight fails.  `aclose` afterwards waits until nothing of them is left."""
 
+    @abc.abstractmethod
+    async def reinitialize_distributed(self, request: ReconfigureDistributedRequest) -> None:
+        """Change the parallel sizes of the running executor: all or nothing.
+
+        What was submitted before finishes first, within `timeouts.drain`.  Ranks that have a place in the new layout
+        stay and join each other anew, see `Worker`; those that have none are ended, missing ones are started.  Until it
+        is done, submitting raises `ExecutorBusy`, and `slot` waits.  Then a new epoch begins.  A cancellation meanwhile
+        is raised at the end.
+
+        Args:
+            request: the new sizes; `leave` closes the executor.
+
+        Raises:
+            ConfigError: impossible sizes.
+            StepTimeout: the calls in flight were not done in time, or the ranks did not take their places within
+                `timeouts.start`.
+            WorkerStartError: a worker could not take its place.
+            WorkerDied: a new rank ended meanwhile.
+
+        After an error the ranks are back in their old places, and the executor goes on with them; where they cannot be
+        brought back, the executor has failed.
+        """
+
     async def __aenter__(self) -> Self:
         await self.start()
         return self
@@ -87,7 +110,7 @@ class Executor(abc.ABC):
             timeout: seconds from now; None takes `timeouts.methods` or `timeouts.step` of the configuration.
 
         Raises:
-            ExecutorBusy: `max_queued_steps` steps wait already.
+            ExecutorBusy: `max_queued_steps` steps wait already, or the executor is being re-initialised.
         """
 
     @abc.abstractmethod

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -115,9 +116,10 @@ def leave_groups(groups: ProcessGroups) -> None:
     NCCL's communicators are aborted once the GPU has finished what was enqueued, or after 2 s: the graceful end of one
     waits for its peers, and a peer that is dead or stuck would hold up this rank for ever.
     """
-    if groups.world is None:
+    dist: Any = sys.modules.get("torch.distributed")
+    if groups.world is None and (dist is None or not dist.is_initialized()):  # joining may have ended half way
         return
-    dist: Any = importlib.import_module("torch.distributed")
+    dist = importlib.import_module("torch.distributed")
     if dist.get_backend() == "nccl":
         _settle()
         dist.distributed_c10d._abort_process_group()

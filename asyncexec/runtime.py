@@ -113,6 +113,7 @@ class RankRuntime:
         self._replies = _ReplyQueue()
         self._activity = Activity()
         self._last_call = 0
+        self._has_joined = False
 
     def serve(self, receive: Callable[[], Frame | None]) -> None:
         """Take what `receive` returns until that is STOP or None, then let the worker and the link end."""
@@ -161,13 +162,31 @@ class RankRuntime:
                     f"driver and rank disagree on how calls of {worker_class.__qualname__} travel; "
                     "do both run the same code?"
                 )
-            self._context = dataclasses.replace(self._link.join(), mark_progress=self._activity.mark)
-            self._worker = worker_class(self._context, **spec.kwargs)
+            self._join()
+            self._take_place(worker_class, spec.kwargs)
             reply = self._result(frame, None, started)
         except Exception as error:  # noqa: BLE001 - every failure to start is the driver's to hear of
             reply = _error(frame, error, started)
         self._activity.end()
         self._send(reply)
+
+    def _join(self) -> None:
+        """Meet the other ranks, instead of those met before."""
+        if self._has_joined:
+            self._link.leave()
+        self._has_joined = True
+        self._context = dataclasses.replace(self._link.join(), mark_progress=self._activity.mark)
+
+    def _take_place(self, worker_class: type, kwargs: Mapping[str, Any]) -> None:
+        """Construct the worker, or have the one that is there take its new place."""
+        if callable(reinitialize := getattr(self._worker, "reinitialize_distributed", None)):
+            reinitialize(self._context)
+            return
+        old, self._worker = self._worker, None  # its memory first
+        if callable(shutdown := getattr(old, "shutdown", None)):
+            shutdown()
+        del old, shutdown, reinitialize
+        self._worker = worker_class(self._context, **kwargs)
 
     def _call(self, frame: Frame) -> None:
         if frame.call_id <= self._last_call:

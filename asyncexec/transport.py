@@ -90,11 +90,14 @@ class Transport(abc.ABC):
         return None
 
     @abc.abstractmethod
-    async def open(self) -> None:
-        """Bring up all ranks, so that frames can be sent to them.
+    async def open(self, config: ExecutorConfig) -> None:
+        """Bring up all ranks of `config`, so that frames can be sent to them.
 
-        A failure, or a cancellation, leaves nothing behind.  Raises ConfigError where the configuration cannot work
-        on this machine.
+        May be called again with other parallel sizes.  Ranks that are there stay, also those that `config` has no place
+        for, until they are closed; its ranks join each other anew when they get their next START.
+
+        A failure, or a cancellation, of the first call leaves nothing behind; after one of a later call, `close` the
+        ranks that are new.  Raises ConfigError where the configuration cannot work on this machine.
         """
 
     def refusal(self, frame: Frame, ranks: Sequence[int]) -> str | None:
@@ -124,10 +127,13 @@ class Transport(abc.ABC):
         """What the kernel says of a rank's process, without asking the rank."""
 
     @abc.abstractmethod
-    async def close(self) -> None:
-        """End all ranks: ask, then terminate, then kill, each within its limit of `config.timeouts`.
+    async def close(self, ranks: Sequence[int] | None = None) -> None:
+        """End all ranks, or the last ones: ask, then terminate, then kill, each within its limit of `config.timeouts`.
 
         Whatever was sent before is finished first, within the first limit.  May be called again.
+
+        Args:
+            ranks: which, where they are there: the last ones, or none.  None is all, and the end of the transport.
         """
 
     @abc.abstractmethod
@@ -144,7 +150,10 @@ class RankLink(abc.ABC):
 
     @abc.abstractmethod
     def join(self) -> RankContext:
-        """Make the process groups with the other ranks, and tell this rank's place.  Blocks; called once."""
+        """Make the process groups with the other ranks, and tell this rank's place.  Blocks.
+
+        Called for each START.  Before it is called again, `leave` is.
+        """
 
     @abc.abstractmethod
     def answer_inspections(self, describe: Callable[[], bytes]) -> None:
@@ -177,4 +186,4 @@ class RankLink(abc.ABC):
 
     @abc.abstractmethod
     def leave(self) -> None:
-        """Leave the process groups.  Called once, after the last frame, whether or not `join` succeeded."""
+        """Leave the process groups, whether or not `join` succeeded; called before joining anew, and at the end."""

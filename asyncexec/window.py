@@ -277,6 +277,19 @@ class Window:
             owed.clear()
         return decisions
 
+    def resize(self, world_size: int, max_concurrent_batches: int) -> list[Decision]:
+        """Serve another number of ranks, with other slots.  What ranks that leave still owe will never come."""
+        decisions: list[Decision] = []
+        for rank, owed in enumerate(self._owed[world_size:], start=world_size):
+            for call_id in owed:
+                call = self._open[call_id]
+                call.owing.discard(rank)
+                decisions = self._after_reply(call, decisions)
+        self._slots = max_concurrent_batches
+        del self._owed[world_size:]
+        self._owed += [collections.deque() for _ in range(world_size - len(self._owed))]
+        return decisions
+
     def _pump(self) -> list[Decision]:
         """Send from the head of the queue as long as slots allow."""
         decisions: list[Decision] = []

@@ -63,6 +63,10 @@ class Worker(Protocol):
     methods; `Executor.collective_rpc` calls them by name, and a few names have verbs of their own on the Executor.
     A method `shutdown()`, if there is one, is called once before the rank ends.
 
+    A method `reinitialize_distributed(context)`, if there is one, is called when `Executor.reinitialize_distributed`
+    gives the rank a new place; the process groups of the old place are gone.  It is called again, with the old sizes,
+    where another rank failed.  Without it, the worker is shut down and constructed anew.
+
     The type hints decide how arguments and results travel, see `asyncexec.codec`.
     """
 

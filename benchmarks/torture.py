@@ -1,5 +1,7 @@
 """Failure injected on purpose, and what came of it: `python benchmarks/torture.py [CASE ...] [--ranks 2 4]`.
 
+With `--transport ray` the ranks are Ray's; cases that are about processes of our own are left out there.
+
 Each case prints one line per layout: what was injected, how often, and the figures that its promise is about.  A broken
 promise ends the script with an error.  The process groups' backend is Gloo only where a case needs collectives.
 """
@@ -7,6 +9,7 @@ promise ends the script with an error.  The process groups' backend is Gloo only
 import argparse
 import asyncio
 import gc
+import importlib
 import math
 import os
 import random
@@ -70,11 +73,16 @@ class Worker:
             dist.all_reduce(torch.tensor(1))
 
 
+TRANSPORT = {"name": "nccl"}
+"""Of the ranks, set by the command line."""
+
+
 def layout(ranks: int, backend: str = "none", **config: Any) -> Layout:
-    """`nccl` with as many tensor-parallel ranks; `local` for none."""
+    """As many tensor-parallel ranks; `local` for none."""
     if ranks == 0:
         return {"transport": "local"} | config
-    return {"transport": "nccl", "tensor_parallel_size": ranks, "options": {"nccl": {"backend": backend}}} | config
+    name = TRANSPORT["name"]
+    return {"transport": name, "tensor_parallel_size": ranks, "options": {name: {"backend": backend}}} | config
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -116,6 +124,7 @@ async def cancellations(ranks: int) -> str:
             outcomes["abandoned"] += 1
 
     async with create_executor(config, Worker, aggregator=aggregator) as executor:
+        await executor.execute_model(-1)  # on Ray, it brings up the graph
         before = len(os.listdir("/proc/self/fd")), threading.active_count(), len(asyncio.all_tasks())
         async with anyio.create_task_group() as group:
             for n in range(steps):
@@ -136,7 +145,7 @@ async def cancellations(ranks: int) -> str:
         after = len(os.listdir("/proc/self/fd")), threading.active_count(), len(asyncio.all_tasks())
     errors = [future.exception() for future in futures]
     never_sent = sum(isinstance(error, StepTimeout) and "waiting to be sent" in error.message for error in errors)
-    require(len(aggregator.seen) == steps + 1 - never_sent, f"{steps + 1 - never_sent - len(aggregator.seen)} lost")
+    require(len(aggregator.seen) == steps + 2 - never_sent, f"{steps + 2 - never_sent - len(aggregator.seen)} lost")
     require(aggregator.seen == sorted(set(aggregator.seen)), "a step was aggregated twice or out of order")
     require(counters.lost == 0, f"{counters.lost} replies lost")
     require(after[0] == before[0] and after[2] == before[2], f"fds, threads, tasks went from {before} to {after}")
@@ -146,7 +155,9 @@ async def cancellations(ranks: int) -> str:
 async def kills(ranks: int) -> str:
     """SIGKILL of any rank with 1 to 4 steps in flight."""
     noise, times = random.Random(3), []
-    for turn in range(50):
+    # each kill takes an executor, which on Ray starts more slowly and is told of by Ray
+    turns, limit = (30, 1.0) if TRANSPORT["name"] == "ray" else (50, 0.1)
+    for turn in range(turns):
         in_flight, victim = 1 + turn % 4, noise.randrange(ranks)
         async with create_executor(layout(ranks, max_concurrent_batches=4, timeouts=QUICK), Worker) as executor:
             pids = await executor.collective_rpc("pid")
@@ -165,8 +176,9 @@ async def kills(ranks: int) -> str:
                     require(False, "a call of a dead executor returned")
             times.append(time.perf_counter() - began)
     p99 = quantile(times, 0.99)
-    require(p99 < 0.1, f"p99 from kill to the last exception {p99 * 1e3:.1f} ms, promised 100")
-    return f"50 kills: the right rank named each time, p50 {quantile(times, 0.5) * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms"
+    require(p99 < limit, f"p99 from kill to the last exception {p99 * 1e3:.1f} ms, promised {limit * 1e3:.0f}")
+    p50 = quantile(times, 0.5)
+    return f"{turns} kills: the right rank named each time, p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms"
 
 
 async def raises(ranks: int) -> str:
@@ -344,14 +356,39 @@ CASES: dict[str, tuple[Callable[[int], Awaitable[str]], bool]] = {
 }
 
 
+ON_RAY = ("cancellations", "kills", "raises", "hangs")
+
+
+def _run_on_ray(cases: list[str], ranks: list[int]) -> None:
+    ray: Any = importlib.import_module("ray")
+    cluster = importlib.import_module("asyncexec_ray.cluster")
+    ray.init(
+        address="local",
+        num_cpus=16,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        _system_config=cluster.LOCAL_SYSTEM_CONFIG,
+    )
+    for name in cases:
+        for number in ranks:
+            print(f"{name} (ray, {number} ranks): {run(_bounded(CASES[name][0], number))}", flush=True)
+    ray.shutdown()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}, mutations (default: all)")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4], help="of the nccl transport")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4], help="how many")
+    parser.add_argument("--transport", choices=("nccl", "ray"), default="nccl", help="of the ranks")
     parser.add_argument("--be-a-driver", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.be_a_driver:
         run(_busy_driver(arguments.be_a_driver))
+        return 0
+    TRANSPORT["name"] = arguments.transport
+    if arguments.transport == "ray":
+        _run_on_ray(arguments.cases or list(ON_RAY), arguments.ranks)
         return 0
     unknown = set(arguments.cases) - {*CASES, "mutations"}
     if unknown:

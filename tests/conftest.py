@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,17 +10,24 @@ import hypothesis
 import pytest
 import uvloop
 
+from asyncexec.testing.conformance import descriptors
+from asyncexec_ray.cluster import LOCAL_SYSTEM_CONFIG
+
 # the machines that run this are shared: how long an example takes says nothing
 hypothesis.settings.register_profile("asyncexec", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("asyncexec")
 
 # Workers that need no process groups start in a fraction of the time that torch needs to be imported.
 NCCL: dict[str, Any] = {"transport": "nccl", "options": {"nccl": {"backend": "none"}}}
+RAY: dict[str, Any] = {"transport": "ray", "options": {"ray": {"backend": "none"}}}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "local": {"transport": "local"},
     "nccl-1": NCCL,
     "nccl-tp2": NCCL | {"tensor_parallel_size": 2},
     "nccl-pp2": NCCL | {"pipeline_parallel_size": 2},
+    "ray-tp2": RAY | {"tensor_parallel_size": 2},
+    "ray-pp2": RAY | {"pipeline_parallel_size": 2},
+    "ray-documented": {"transport": "ray", "options": {"ray": {"backend": "none", "driver": "documented"}}},
 }
 
 
@@ -33,10 +41,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs; visible: {there}"))
 
 
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray for all tests that need one: with more CPUs than there are, since its ranks do little."""
+    ray = importlib.import_module("ray")
+    ray.init(
+        address="local",
+        num_cpus=16,
+        include_dashboard=False,
+        object_store_memory=3 << 30,
+        logging_level="ERROR",
+        _system_config=LOCAL_SYSTEM_CONFIG,
+    )
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture(params=LAYOUTS)
 def layout(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The configuration of each layout in turn."""
-    return dict(LAYOUTS[request.param])
+    layout = LAYOUTS[request.param]
+    if layout["transport"] == "ray":
+        request.getfixturevalue("ray_cluster")
+    return dict(layout)
 
 
 @pytest.fixture
@@ -55,10 +82,19 @@ def children() -> set[int]:
 
 
 @pytest.fixture
-def no_leftovers() -> Iterator[None]:
+def no_leftovers(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails the test if it leaves a process or a file descriptor behind."""
-    before = children(), set(os.listdir("/proc/self/fd"))
+    for fixture in ("layout", "make"):
+        if fixture in request.fixturenames:
+            request.getfixturevalue(fixture)  # the tests' Ray, which outlasts the test, starts before it
+    before = children(), set(descriptors())
     yield
     assert children() <= before[0], "processes are left behind"
-    left = set(os.listdir("/proc/self/fd")) - before[1]
-    assert {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in left if os.path.lexists(f"/proc/self/fd/{fd}")} == {}
+    assert {fd: target for fd, target in descriptors().items() if fd not in before[1]} == {}
+    ray: Any = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        state: Any = importlib.import_module("ray._private.state")
+        actors = [actor for actor in state.actors().values() if actor["State"] != "DEAD"]
+        assert actors == [], "actors are left behind"
+        groups = importlib.import_module("ray.util").placement_group_table().values()
+        assert [group for group in groups if group["state"] != "REMOVED"] == [], "placement groups are left behind"

@@ -52,7 +52,9 @@ async def test_no_fault_brings_a_reply_to_the_wrong_call(layout: dict[str, Any],
     faults = Faults(seed=seed, drop=0.05, double=0.1, delay=0.1, swap=0.05, cut=0.05, calls=calls)
     faulty = with_faults(load_transport(layout["transport"]), faults)
     recorder = Recorder()
-    config = layout | {"max_concurrent_batches": 4, "timeouts": {"step": 1.0, "drain": 0.2}}
+    # Ray's channels are waited for actively: on a busy machine their steps take turns with everything else
+    limit = 5.0 if layout["transport"] == "ray" else 1.0
+    config = layout | {"max_concurrent_batches": 4, "timeouts": {"step": limit, "drain": 0.2}}
     outcomes: Counter[str] = Counter()
     async with create_executor(config, workers.EchoWorker, aggregator=recorder, transport=faulty) as executor:
 

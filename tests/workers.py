@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from asyncexec import DeferredOutput, IntermediateTensors, RankContext
+from asyncexec import DeferredOutput, IntermediateTensors, KVConnectorOutput, ModelOutput, RankContext
 
 
 class Item(msgspec.Struct):
@@ -306,3 +306,83 @@ class LateFailure:
 
     def rank(self) -> int:
         return self.context.rank
+
+
+class Movable:
+    """Takes a new place when asked to, or refuses it."""
+
+    def __init__(
+        self,
+        context: RankContext,
+        *,
+        refuses: tuple[int, int] = (-1, -1),
+        for_good: bool = False,
+        dies: int = -1,
+        slow: float = 0.0,
+    ) -> None:
+        self.refuses, self.for_good, self.slow = refuses, for_good, slow
+        self.moved = 0
+        if context.rank == dies:
+            os._exit(9)
+        self._place(context)
+
+    def reinitialize_distributed(self, context: RankContext) -> None:
+        time.sleep(self.slow)
+        self._place(context)
+        self.moved += 1
+
+    def _place(self, context: RankContext) -> None:
+        rank, world_size = self.refuses
+        if context.rank == rank and context.world_size == world_size:
+            if self.for_good:
+                self.refuses = rank, context.world_size - 1
+            raise LookupError("this rank refuses")
+        self.context = context
+
+    def execute_model(self, scheduler_output: int, intermediate: IntermediateTensors[Any] | None) -> Any:
+        if intermediate is not None:
+            scheduler_output = int(intermediate["sum"][0]) + self.context.pipeline_parallel_rank * 10
+        if self.context.is_last_stage:
+            return scheduler_output
+        return IntermediateTensors({"sum": np.array([scheduler_output])})
+
+    def place(self) -> dict[str, int]:
+        context = self.context
+        return {
+            "tp": context.tensor_parallel_rank,
+            "pp": context.pipeline_parallel_rank,
+            "world": context.world_size,
+        }
+
+    def moves(self) -> int:
+        return self.moved
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def nap(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class MovableSum(Movable):
+    """Adds up over its group."""
+
+    def total(self) -> int:
+        import torch
+        import torch.distributed as dist
+
+        value = torch.tensor(self.context.rank + 1)
+        dist.all_reduce(value, group=self.context.groups.tensor_parallel)
+        return int(value)
+
+
+class Sender:
+    """The ranks of the scheduler output report a request sent."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.rank = context.rank
+
+    def execute_model(self, scheduler_output: list[int], intermediate: None) -> ModelOutput:
+        if self.rank not in scheduler_output:
+            return ModelOutput()
+        return ModelOutput(kv_connector_output=KVConnectorOutput(finished_sending={"request"}))

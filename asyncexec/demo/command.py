@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, metavar="DIR", help="a Hugging Face checkpoint of a Llama model (default: a small one)")
     add("--tp", type=int, metavar="N", help="tensor-parallel ranks (default: 2, or 1 on local)")
     add("--pp", type=int, metavar="N", help="pipeline stages (default: 2, or 1 on local)")
-    add("--transport", default="nccl", help="nccl, local or another installed transport (default: nccl)")
+    add("--transport", default="nccl", help="nccl, ray, local or another installed transport (default: nccl)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and cache (default: float32)")
     add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeatable; by default, some of Python")
     add(

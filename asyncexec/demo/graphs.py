@@ -63,7 +63,8 @@ class DecodeGraphs:
                 self._graphs.clear()
             self._graphs[key] = self._capture(tokens, layout)
         captured = self._graphs[key]
-        torch._foreach_copy_(captured.inputs, _inputs(tokens, layout))
+        for ours, given in zip(captured.inputs, _inputs(tokens, layout), strict=True):
+            ours.copy_(given)
         captured.graph.replay()
         return captured.logits
 

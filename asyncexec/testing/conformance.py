@@ -15,6 +15,7 @@ import gc
 import itertools
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
@@ -408,9 +409,31 @@ class _Suspensions:
 
 def _resources() -> tuple[int, int, int, int]:
     """Descriptors, threads, tasks and child processes."""
-    threads = [thread for thread in threading.enumerate() if "AnyIO" not in thread.name]  # kept for the loop's next use
+    # workers of thread pools are the loop's, which keeps them for their next use
+    threads = [thread for thread in threading.enumerate() if not thread.name.startswith(("AnyIO", "asyncio_"))]
     children = [task for task in os.listdir("/proc/self/task") if os.path.exists(f"/proc/self/task/{task}/children")]
-    return len(os.listdir("/proc/self/fd")), len(threads), len(asyncio.all_tasks()), sum(map(_children, children))
+    return len(descriptors()), len(threads), len(asyncio.all_tasks()), sum(map(_children, children))
+
+
+def descriptors() -> dict[str, str]:
+    """This process's open descriptors and what they are, without TCP sockets.
+
+    Client libraries pool these: how many there are at a time, and for how long, is theirs to choose.
+    """
+    found: dict[str, str] = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+            if not (target.startswith("socket:") and _is_internet_socket(int(name))):
+                found[name] = target
+        except OSError:  # it has been closed meanwhile, such as the one that listed the others
+            continue
+    return found
+
+
+def _is_internet_socket(descriptor: int) -> bool:
+    with socket.socket(fileno=os.dup(descriptor)) as copy:
+        return copy.family in (socket.AF_INET, socket.AF_INET6)
 
 
 def _children(task: str) -> int:

@@ -20,18 +20,18 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What goes wrong, each with its probability from 0 to 1.
 
     Attributes:
-        seed: the same faults happen to the same sequence of frames of a rank.
+        seed: the same faults happen to the same sequence of calls, and of replies of a rank.
         drop: a frame never arrives.
         double: it arrives twice.
         delay: it, and what follows it, arrives up to `delay_limit` seconds later.
         swap: it arrives after the next frame of its rank.
         cut: its body is cut short, so that it cannot be decoded.
-        calls: whether the above happens to calls on their way to the ranks too, and not to replies alone.
+        calls: whether the above happens to calls on their way to all ranks too, and not to replies alone.
         kill: with each call sent, a rank of it is killed (SIGKILL).
         stop: with each call sent, a rank of it is stopped (SIGSTOP), and goes on after `stop_for` seconds.
         stop_for: seconds.
         delay_limit: seconds.
-        after: frames of a rank, each way, that arrive whole before faults begin, so that an executor can start.
+        after: calls, and replies of a rank, that arrive whole before faults begin, so that an executor can start.
     """
 
     seed: int = 0
@@ -75,17 +75,18 @@ class _FaultyTransport(Transport):
         self._faults = faults
         self._ends = random.Random(f"{faults.seed} ends")
         self._calls_sent = 0
-        self._calls = [
-            _Way(faults if faults.calls else Faults(), f"{faults.seed} to {rank}", self._sender(rank))
-            for rank in range(self.config.world_size)
-        ]
-        self._replies = [
-            _Way(faults, f"{faults.seed} from {rank}", self._receiver(rank)) for rank in range(self.config.world_size)
-        ]
+        self._calls = _Way(faults if faults.calls else Faults(), f"{faults.seed} calls", self._send)
+        self._replies: list[_Way] = []
+        self._make_ways(self.config.world_size)
 
-    async def open(self) -> None:
+    def _make_ways(self, world_size: int) -> None:
+        for rank in range(len(self._replies), world_size):
+            self._replies.append(_Way(self._faults, f"{self._faults.seed} from {rank}", self._receive))
+
+    async def open(self, config: ExecutorConfig) -> None:
         """Open the transport."""
-        await self.inner.open()
+        await self.inner.open(config)
+        self._make_ways(config.world_size)
         if (self._faults.kill or self._faults.stop) and self.inner.kernel_state(0).pid is None:
             self.inner.abort()
             await self.inner.close()
@@ -100,8 +101,7 @@ class _FaultyTransport(Transport):
         if frame.kind is not FrameKind.CALL:
             self.inner.send(frame, ranks)
             return
-        for rank in ranks:
-            self._calls[rank].take(frame)
+        self._calls.take(frame, ranks)
         self._calls_sent += 1
         if self._calls_sent > self._faults.after:
             for probability, harm in ((self._faults.kill, self._kill), (self._faults.stop, self._stop)):
@@ -120,9 +120,9 @@ class _FaultyTransport(Transport):
         """Ask the transport."""
         return self.inner.kernel_state(rank)
 
-    async def close(self) -> None:
+    async def close(self, ranks: Sequence[int] | None = None) -> None:
         """Close the transport."""
-        await self.inner.close()
+        await self.inner.close(ranks)
 
     def abort(self) -> None:
         """Abort the transport."""
@@ -135,15 +135,15 @@ class _FaultyTransport(Transport):
     def frame_received(self, rank: int, frame: Frame) -> None:
         """Pass a frame of a rank on, or do to it what the schedule says."""
         if frame.kind in (FrameKind.REPLY, FrameKind.DONE):
-            self._replies[rank].take(frame)
+            self._replies[rank].take(frame, [rank])
         else:
-            self._replies[rank].pass_on(frame)
+            self._replies[rank].pass_on(frame, [rank])
 
-    def _sender(self, rank: int) -> Callable[[Frame], None]:
-        return lambda frame: self.inner.send(frame, [rank])
+    def _send(self, frame: Frame, ranks: Sequence[int]) -> None:
+        self.inner.send(frame, ranks)
 
-    def _receiver(self, rank: int) -> Callable[[Frame], None]:
-        return lambda frame: self.events.frame_received(rank, frame)
+    def _receive(self, frame: Frame, ranks: Sequence[int]) -> None:
+        self.events.frame_received(ranks[0], frame)
 
     def _kill(self, rank: int) -> None:
         self._signal(rank, signal.SIGKILL)
@@ -160,47 +160,47 @@ class _FaultyTransport(Transport):
 
 
 class _Way:
-    """Frames to or from one rank."""
+    """Calls to the ranks, all of which a fault concerns alike; or replies of one rank."""
 
-    def __init__(self, faults: Faults, seed: str, deliver: Callable[[Frame], None]) -> None:
+    def __init__(self, faults: Faults, seed: str, deliver: Callable[[Frame, Sequence[int]], None]) -> None:
         self._faults = faults
         self._noise = random.Random(seed)
         self._deliver = deliver
         self._seen = 0
-        self._held: Frame | None = None
+        self._held: tuple[Frame, Sequence[int]] | None = None
         self._last_arrival = 0.0
 
-    def take(self, frame: Frame) -> None:
+    def take(self, frame: Frame, ranks: Sequence[int]) -> None:
         """Do to a frame what the schedule says."""
         self._seen += 1
         faults = self._faults
         if self._seen <= faults.after:
-            self.pass_on(frame)
+            self.pass_on(frame, ranks)
             return
         if self._happens(faults.drop):
             return
         if self._happens(faults.cut):
             frame = msgspec.structs.replace(frame, body=bytes(frame.body)[: len(frame.body) // 2])
         if self._held is None and self._happens(faults.swap):
-            self._held = frame
+            self._held = frame, ranks
             return
-        self.pass_on(frame)
+        self.pass_on(frame, ranks)
         if self._happens(faults.double):
-            self.pass_on(msgspec.structs.replace(frame))
+            self.pass_on(msgspec.structs.replace(frame), ranks)
         if self._held is not None:
             held, self._held = self._held, None
-            self.pass_on(held)
+            self.pass_on(*held)
 
-    def pass_on(self, frame: Frame) -> None:
+    def pass_on(self, frame: Frame, ranks: Sequence[int]) -> None:
         """Deliver now or later, never before what was to arrive earlier."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         late = self._noise.uniform(0, self._faults.delay_limit) if self._happens(self._faults.delay) else 0.0
         arrival = max(self._last_arrival, now + late)
         if arrival <= now:
-            self._deliver(frame)
+            self._deliver(frame, ranks)
         else:
-            loop.call_at(arrival, self._deliver, frame)
+            loop.call_at(arrival, self._deliver, frame, ranks)
             arrival += 1e-4  # the clock's grain must not turn two around
         self._last_arrival = arrival
 

@@ -37,6 +37,10 @@ LAYOUTS = [
     ("nccl", 2, 1, True),
     ("local", 1, 1, False),
     ("local", 1, 1, True),
+    ("ray", 2, 1, False),
+    ("ray", 1, 2, False),
+    ("ray", 2, 2, False),
+    ("ray", 2, 1, True),
 ]
 SMALLEST_MARGIN = 5e-5
 """Of the likeliest token's logit over the next one's.  Below, the order of float32 sums would decide."""
@@ -105,8 +109,16 @@ async def generate_all(engine: AsyncEngine) -> Outputs:
 
 @pytest.mark.parametrize(("transport", "tp", "pp", "ahead"), LAYOUTS)
 async def test_greedy_output_is_that_of_transformers(
-    checkpoints: dict[str, Path], expected: dict[str, Outputs], transport: str, tp: int, pp: int, ahead: bool
+    request: pytest.FixtureRequest,
+    checkpoints: dict[str, Path],
+    expected: dict[str, Outputs],
+    transport: str,
+    tp: int,
+    pp: int,
+    ahead: bool,
 ) -> None:
+    if transport == "ray":
+        request.getfixturevalue("ray_cluster")
     config = ExecutorConfig(
         transport=transport, tensor_parallel_size=tp, pipeline_parallel_size=pp, async_scheduling=ahead
     )

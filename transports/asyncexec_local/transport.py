@@ -36,17 +36,16 @@ class LocalTransport(Transport):
 
     def __init__(self, config: ExecutorConfig, options: Any, events: TransportEvents) -> None:
         super().__init__(config, options, events)
-        if config.world_size != 1:
-            raise ConfigError(
-                f"tensor_parallel_size x pipeline_parallel_size is {config.tensor_parallel_size} x "
-                f"{config.pipeline_parallel_size}; transport 'local' runs one rank: use transport 'nccl'"
-            )
+        _require_one_rank(config)
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()
         self._asked = False
 
-    async def open(self) -> None:
-        """Start the rank's thread."""
+    async def open(self, config: ExecutorConfig) -> None:
+        """Start the rank's thread, unless it runs already."""
+        _require_one_rank(config)
+        if self._thread is not None:
+            return
         self._loop = asyncio.get_running_loop()
         self._link = _LocalLink(self)
         # a daemon: a worker stuck in native code must not keep the interpreter from exiting
@@ -65,9 +64,9 @@ class LocalTransport(Transport):
         """The rank's thread lives or not; it stops only with this process."""
         return KernelState("dead" if self._ended.is_set() else "running", "a thread of this process")
 
-    async def close(self) -> None:
+    async def close(self, ranks: Sequence[int] | None = None) -> None:
         """Ask the rank to end and wait for it; a thread cannot be killed, so a stuck one is left behind, and said."""
-        if self._thread is None:
+        if self._thread is None or (ranks is not None and 0 not in ranks):
             return
         self._asked = True
         self._link.inbox.put(None)
@@ -151,6 +150,14 @@ class _LocalLink(RankLink):
 
     def leave(self) -> None:
         """Nothing was joined."""
+
+
+def _require_one_rank(config: ExecutorConfig) -> None:
+    if config.world_size != 1:
+        raise ConfigError(
+            f"tensor_parallel_size x pipeline_parallel_size is {config.tensor_parallel_size} x "
+            f"{config.pipeline_parallel_size}; transport 'local' runs one rank: use transport 'nccl'"
+        )
 
 
 def _with_own_memory(frame: Frame) -> Frame:

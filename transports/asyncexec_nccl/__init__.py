@@ -3,6 +3,7 @@
     transport   the driver's half: spawns the ranks, sends and receives their frames, ends them
     process     one rank's process: how it is spawned, watched and ended
     stream      frames over a socket: without blocking in the driver, blocking on the rank
+    layout      a rank's place, and the descriptors that join it to the others
     rank        the rank's half, and what a rank's process runs
     hops        intermediate tensors from one pipeline stage to the next
 

@@ -27,7 +27,7 @@ class HopSender:
     def __init__(self, stream: RankStream, max_frame_bytes: int) -> None:
         self._stream = stream
         self._max_frame_bytes = max_frame_bytes
-        self._waiting: queue.Queue[list[Buffer]] = queue.Queue()
+        self._waiting: queue.Queue[list[Buffer] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
 
     def send(self, call_id: int, tensors: Mapping[str, Any] | None, replicated: frozenset[str] = frozenset()) -> None:
@@ -57,6 +57,13 @@ class HopSender:
         if rest:
             self._finish_later([bytes(piece) for piece in rest])
 
+    def close(self) -> None:
+        """End the thread when everything is written, and then the way."""
+        if self._thread is not None:
+            self._waiting.put(None)
+            self._thread.join()
+        self._stream.close()
+
     def _finish_later(self, pieces: list[Buffer]) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._write, name="asyncexec-hop", daemon=True)
@@ -64,8 +71,7 @@ class HopSender:
         self._waiting.put(pieces)
 
     def _write(self) -> None:
-        while True:
-            pieces = self._waiting.get()
+        while (pieces := self._waiting.get()) is not None:
             try:
                 self._stream.send_pieces(pieces)
             except ConnectionError:
@@ -104,6 +110,10 @@ class HopReceiver:
 
     def drop(self, frame: Frame) -> None:
         """Do without a frame of a step that this stage could not run."""
+
+    def close(self) -> None:
+        """End the way."""
+        self._stream.close()
 
     def _next(self) -> Frame | None:
         if self._early is not None:

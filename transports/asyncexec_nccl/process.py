@@ -28,39 +28,34 @@ class RankLaunch(msgspec.Struct, frozen=True):
 
     Attributes:
         driver_pid: the process without which the rank ends.
-        rank, tensor_parallel_size, pipeline_parallel_size: its place.
+        rank: its number.
         backend: "nccl", "gloo", "none" or "auto".
         devices: the GPU of each rank, by its index among the visible ones; None is the rank's own number.
         collective_timeout: seconds after which an operation of a process group counts as stuck.
         max_frame_bytes: of the configuration.
         control: file descriptor of its socket to the driver.
         side: file descriptor of the socket over which the driver inspects it.
-        store: file descriptor of the memory that the process groups meet in.
         staging: file descriptor of the memory that large tensors for all ranks are put into.
-        previous, next: file descriptors of its sockets to the neighbouring pipeline stages; -1 where there is none.
+        layouts: file descriptor of the socket over which it is told its place among the others.
         sys_path: where it imports from.
     """
 
     driver_pid: int
     rank: int
-    tensor_parallel_size: int
-    pipeline_parallel_size: int
     backend: str
     devices: list[int] | None
     collective_timeout: float
     max_frame_bytes: int
     control: int
     side: int
-    store: int
     staging: int
-    previous: int
-    next: int
+    layouts: int
     sys_path: list[str]
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """What the process inherits; everything else of the driver is closed in it."""
-        return self.control, self.side, self.store, self.staging, self.previous, self.next
+        return self.control, self.side, self.staging, self.layouts
 
 
 class RankProcess:
@@ -83,7 +78,7 @@ class RankProcess:
         # it, which a helper thread would leave too early.  A session of its own keeps a Ctrl-C away from the rank.
         self._process = subprocess.Popen(
             [sys.executable, "-c", _BOOTSTRAP, msgspec.json.encode(launch).decode()],
-            pass_fds=[fd for fd in launch.descriptors if fd >= 0],
+            pass_fds=launch.descriptors,
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

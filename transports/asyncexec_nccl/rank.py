@@ -1,6 +1,7 @@
 """What a rank's process runs, and the rank's half of the transport."""
 
 import ctypes
+import functools
 import importlib
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from asyncexec.errors import ConfigError
 from asyncexec.process_groups import StagePairs, join_groups, join_pairs, leave_groups, warm_up
 from asyncexec.runtime import RankRuntime
 from asyncexec.transport import RankLink
@@ -20,6 +22,7 @@ from asyncexec.worker import ProcessGroups, RankContext
 from asyncexec_nccl.devices import choose_backend, choose_device
 from asyncexec_nccl.gpu_hops import GpuHopReceiver, GpuHopSender, SideStream
 from asyncexec_nccl.hops import HopReceiver, HopSender
+from asyncexec_nccl.layout import Joints, receive_layout
 from asyncexec_nccl.process import RankLaunch
 from asyncexec_nccl.staging import StagedReader
 from asyncexec_nccl.stream import RankStream
@@ -48,6 +51,9 @@ class _SocketLink(RankLink):
         self._launch = launch
         self._stream = self._open(launch.control)
         self._side = self._open(launch.side)
+        os.set_inheritable(launch.layouts, False)
+        self._layouts = socket.socket(fileno=launch.layouts)
+        self._layouts.setblocking(False)
         self._groups = ProcessGroups()
         self._previous: HopReceiver | None = None
         self._next: HopSender | None = None
@@ -67,59 +73,58 @@ class _SocketLink(RankLink):
             return  # the driver is gone: `receive` says so next
 
     def join(self) -> RankContext:
-        launch = self._launch
-        size = launch.tensor_parallel_size
-        world_size = size * launch.pipeline_parallel_size
-        backend = choose_backend(launch.backend, world_size, launch.devices)
-        device = choose_device(backend, launch.rank, launch.devices)
-        if backend == "gloo":
-            # ranks of one host meet on the loopback interface, whatever the host's name resolves to
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        stages = launch.pipeline_parallel_size
-        limit = launch.collective_timeout
-        self._groups = join_groups(backend, launch.rank, size, stages, self._open_store, limit)
-        self._staged = StagedReader(launch.staging, device, launch.rank, self._groups.world)
-        if backend == "nccl" and world_size > 1:
-            pairs = join_pairs(launch.rank, size, stages, limit)
-            warm_up(self._groups, pairs, device)
-            self._connect_stages(pairs, device)
-        else:
-            self._connect_stages(None, device)
+        rank = self._launch.rank
+        layout, joints = receive_layout(self._layouts)
+        size, stages = layout.tensor_parallel_size, layout.pipeline_parallel_size
+        device, pairs = "cpu", StagePairs()
+        backend = self._launch.backend
+        try:
+            backend = choose_backend(backend, layout.world_size, self._launch.devices)
+            device = choose_device(backend, rank, self._launch.devices)
+            if backend == "gloo":
+                # ranks of one host meet on the loopback interface, whatever the host's name resolves to
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            open_store = functools.partial(_open_store, joints.store, layout.world_size)
+            limit = self._launch.collective_timeout
+            self._groups = join_groups(backend, rank, size, stages, open_store, limit)
+            if backend == "nccl" and self._groups.world is not None:
+                pairs = join_pairs(rank, size, stages, limit)
+                warm_up(self._groups, pairs, device)
+        finally:
+            if backend == "none" or layout.world_size == 1:
+                os.close(joints.store)  # else see `_open_store`
+            self._connect(joints, pairs, device, size)
         return RankContext(
-            rank=launch.rank,
-            local_rank=launch.rank,
-            world_size=world_size,
-            tensor_parallel_rank=launch.rank % size,
+            rank=rank,
+            local_rank=rank,
+            world_size=layout.world_size,
+            tensor_parallel_rank=rank % size,
             tensor_parallel_size=size,
-            pipeline_parallel_rank=launch.rank // size,
-            pipeline_parallel_size=launch.pipeline_parallel_size,
+            pipeline_parallel_rank=rank // size,
+            pipeline_parallel_size=layout.pipeline_parallel_size,
             device=device,
             groups=self._groups,
         )
 
-    def _connect_stages(self, pairs: StagePairs | None, device: str) -> None:
+    def _connect(self, joints: Joints, pairs: StagePairs, device: str, size: int) -> None:
         """Make the ways to the neighbouring stages: by NCCL where there are pairs, else through host memory."""
-        launch, size = self._launch, self._launch.tensor_parallel_size
-        previous = self._open(launch.previous) if launch.previous >= 0 else None
-        following = self._open(launch.next) if launch.next >= 0 else None
-        if pairs is None:
-            self._previous = HopReceiver(previous, device) if previous else None
-            self._next = HopSender(following, launch.max_frame_bytes) if following else None
-            return
-        side = SideStream(device)
-        if previous:
-            group = self._groups.tensor_parallel
-            self._previous = GpuHopReceiver(previous, device, pairs.previous, side, group, size)
-        if following:
-            limit, part = launch.max_frame_bytes, launch.rank % size
-            self._next = GpuHopSender(following, limit, pairs.next, side, device, part, size)
-
-    def _open_store(self) -> Any:
-        """Where the ranks meet: a file in memory only, which nobody but them can open.  No port, no path."""
-        launch = self._launch
-        world_size = launch.tensor_parallel_size * launch.pipeline_parallel_size
-        store = importlib.import_module("torch.distributed").FileStore
-        return store(f"/proc/self/fd/{launch.store}", world_size)
+        limit = self._launch.max_frame_bytes
+        self._staged = StagedReader(self._launch.staging, device, self._launch.rank, self._groups.world)
+        side = None if pairs.previous is None and pairs.next is None else SideStream(device)
+        if joints.previous is not None:
+            stream = self._open(joints.previous)
+            self._previous = (
+                HopReceiver(stream, device)
+                if side is None
+                else GpuHopReceiver(stream, device, pairs.previous, side, self._groups.tensor_parallel, size)
+            )
+        if joints.next is not None:
+            stream = self._open(joints.next)
+            self._next = (
+                HopSender(stream, limit)
+                if side is None
+                else GpuHopSender(stream, limit, pairs.next, side, device, self._launch.rank % size, size)
+            )
 
     def answer_inspections(self, describe: Callable[[], bytes]) -> None:
         # a daemon: it ends with the process, at the latest with the driver
@@ -138,11 +143,14 @@ class _SocketLink(RankLink):
     def send_intermediate(
         self, call_id: int, tensors: Mapping[str, Any] | None, replicated: frozenset[str] = frozenset()
     ) -> None:
-        if self._next is not None:  # a START that failed has connected nothing
-            self._next.send(call_id, tensors, replicated)
+        if self._next is None:
+            raise ConfigError("there is no pipeline stage behind this one")
+        self._next.send(call_id, tensors, replicated)
 
     def receive_intermediate(self, call_id: int) -> Mapping[str, Any] | None:
-        return None if self._previous is None else self._previous.receive(call_id)
+        if self._previous is None:
+            raise ConfigError("there is no pipeline stage before this one")
+        return self._previous.receive(call_id)
 
     def read_staged(self, begin: int, nbytes: int) -> tuple[Any, Any]:
         return self._staged.read(begin, nbytes)
@@ -150,3 +158,18 @@ class _SocketLink(RankLink):
     def leave(self) -> None:
         self._staged.close()
         leave_groups(self._groups)
+        self._groups = ProcessGroups()
+        if self._previous is not None:
+            self._previous.close()
+        if self._next is not None:
+            self._next.close()
+        self._previous = self._next = None
+
+
+def _open_store(descriptor: int, world_size: int) -> Any:
+    """Where the ranks meet: a file in memory only, which nobody but them can open.  No port, no path.
+
+    A FileStore opens its file once more when it is destroyed, which is when the worker lets go of the last group: the
+    descriptor must stay what it is, and is never closed.
+    """
+    return importlib.import_module("torch.distributed").FileStore(f"/proc/self/fd/{descriptor}", world_size)

@@ -20,6 +20,7 @@ from asyncexec.errors import WireError
 from asyncexec.transport import KernelState, RankLoss, Transport, TransportEvents
 from asyncexec.wire import Buffer, Frame, FrameKind
 from asyncexec_nccl.devices import check_devices, collective_timeout
+from asyncexec_nccl.layout import Joints, Layout, send_layout
 from asyncexec_nccl.process import RankLaunch, RankProcess
 from asyncexec_nccl.staging import StagingArea
 from asyncexec_nccl.stream import DriverStream
@@ -51,19 +52,14 @@ class NcclOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NcclTransport(Transport):
-    """One spawned process per rank, each on a socket pair that nobody else can open."""
+    """One spawned process per rank, each on socket pairs that nobody else can open."""
 
     Options = NcclOptions
     options: NcclOptions
 
     def __init__(self, config: ExecutorConfig, options: Any, events: TransportEvents) -> None:
         super().__init__(config, options, events)
-        check_devices(options.devices, config.world_size)
-        self._streams: list[DriverStream] = []
-        self._sides: list[_Side] = []
-        self._processes: list[RankProcess] = []
-        self._closing = False
-        self._one_ended = anyio.Event()
+        self._ranks: list[_Rank] = []
         self._staging_fd = -1
         self._staging: StagingArea | None = None
 
@@ -76,48 +72,30 @@ class NcclTransport(Transport):
             return "torch is not installed: pip install 'asyncexec[nccl]'"
         return None
 
-    async def open(self) -> None:
-        """Spawn the ranks.  They join each other and construct their workers when they get the START frame."""
-        loop = asyncio.get_running_loop()
-        config, size = self.config, self.config.tensor_parallel_size
-        environment = self._environment()
-        with contextlib.ExitStack() as stack:
+    async def open(self, config: ExecutorConfig) -> None:
+        """Spawn the ranks that are missing, and tell all their places.  They join each other when they get START."""
+        check_devices(self.options.devices, config.world_size)
+        self.config = config
+        size = config.tensor_parallel_size
+        if self._staging_fd < 0:
             self._staging_fd = os.memfd_create("asyncexec-staging")
+        with contextlib.ExitStack() as stack:
             store = os.memfd_create("asyncexec-store")
             stack.callback(os.close, store)
             hops = [_pair(stack) for _ in range(config.world_size - size)]
-            for rank in range(config.world_size):
-                control, side = _pair(stack), _pair(stack)
-                launch = RankLaunch(
-                    driver_pid=os.getpid(),
-                    rank=rank,
-                    tensor_parallel_size=size,
-                    pipeline_parallel_size=config.pipeline_parallel_size,
-                    backend=self.options.backend,
-                    devices=self.options.devices,
-                    collective_timeout=collective_timeout(config.timeouts),
-                    max_frame_bytes=config.max_frame_bytes,
-                    control=control[1].fileno(),
-                    side=side[1].fileno(),
-                    store=store,
-                    staging=self._staging_fd,
-                    previous=hops[rank - size][1].fileno() if rank >= size else -1,
-                    next=hops[rank][0].fileno() if rank < len(hops) else -1,
-                    sys_path=[str(path) for path in sys.path],
-                )
-                on_exit = functools.partial(self._exited, rank)
-                self._processes.append(RankProcess(loop, launch, environment, on_exit))
-                on_frame = functools.partial(self.events.frame_received, rank)
-                on_end = functools.partial(self._stream_ended, rank)
-                limit = config.max_frame_bytes
-                self._streams.append(DriverStream(loop, control[0].dup(), limit, on_frame, on_end))
-                self._sides.append(_Side(loop, side[0].dup()))
+            for number in range(config.world_size):
+                if number == len(self._ranks):
+                    self._ranks.append(_Rank(number, config, self.options, self.events, self._staging_fd))
+                previous = hops[number - size][1].fileno() if number >= size else None
+                following = hops[number][0].fileno() if number < len(hops) else None
+                joints = Joints(store, previous, following)
+                self._ranks[number].place(Layout.with_joints(size, config.pipeline_parallel_size, joints), joints)
 
     def send(self, frame: Frame, ranks: Sequence[int]) -> None:
         """Write the frame to each rank's socket, encoded once."""
         pieces = frame.pack()
         for rank in ranks:
-            self._streams[rank].send(pieces)
+            self._ranks[rank].stream.send(pieces)
 
     def staging(self, nbytes: int) -> memoryview | None:
         """Shared with the ranks since they were spawned; it takes no room before it is used."""
@@ -127,69 +105,114 @@ class NcclTransport(Transport):
 
     async def inspect(self, rank: int) -> Buffer:
         """Ask over a socket of its own, which a thread of its own serves."""
-        return await self._sides[rank].ask()
+        return await self._ranks[rank].side.ask()
 
     def kernel_state(self, rank: int) -> KernelState:
         """From /proc."""
-        return self._processes[rank].kernel_state()
+        return self._ranks[rank].process.kernel_state()
 
-    async def close(self) -> None:
+    async def close(self, ranks: Sequence[int] | None = None) -> None:
         """STOP, then SIGTERM, then SIGKILL, each within its limit."""
-        self._closing = True
+        leaving = self._ranks if ranks is None else [self._ranks[rank] for rank in ranks if rank < len(self._ranks)]
         limits = self.config.timeouts
-        self.send(Frame(FrameKind.STOP), range(len(self._streams)))
+        pieces = Frame(FrameKind.STOP).pack()
+        for rank in leaving:
+            rank.leaving = True
+            rank.stream.send(pieces)
         for limit, then in ((limits.stop, signal.SIGTERM), (limits.terminate, signal.SIGKILL), (_LAST_LIMIT, None)):
             with anyio.move_on_after(limit):
-                await self._until_all_ended()
-            for process in self._processes:
+                for rank in leaving:
+                    await rank.ended.wait()
+            for rank in leaving:
                 if then is not None:
-                    process.signal(then)
-        for stream in self._streams:
-            stream.close()
-        for side in self._sides:
-            side.close()
-        self._staging = None
-        if self._staging_fd >= 0:
+                    rank.process.signal(then)
+        for rank in leaving:
+            rank.close()
+        if ranks is not None:
+            self._ranks = [rank for rank in self._ranks if rank not in leaving]
+        if ranks is None and self._staging_fd >= 0:
             os.close(self._staging_fd)
-            self._staging_fd = -1
+            self._staging, self._staging_fd = None, -1
 
     def abort(self) -> None:
         """SIGKILL to every rank."""
-        self._closing = True
-        for process in self._processes:
-            process.signal(signal.SIGKILL)
+        for rank in self._ranks:
+            rank.leaving = True
+            rank.process.signal(signal.SIGKILL)
 
-    async def _until_all_ended(self) -> None:
-        while any(process.running for process in self._processes):
-            await self._one_ended.wait()
 
-    def _environment(self) -> dict[str, str]:
-        threads = max(1, (os.cpu_count() or 1) // self.config.world_size)
-        defaults = {"OMP_NUM_THREADS": str(threads)}
-        return defaults | dict(os.environ) | self.options.environment
+class _Rank:
+    """One rank, as the driver has it: its process, and the sockets to it.
 
-    def _exited(self, rank: int) -> None:
-        """A rank's process ended: take what it sent last, then say so."""
-        self._one_ended.set()
-        self._one_ended = anyio.Event()
-        if rank < len(self._streams):
-            self._streams[rank].read()
-        self._lost(rank, self._processes[rank].loss())
+    Attributes:
+        process: spawned here.
+        stream: calls and replies.
+        side: inspections.
+        leaving: whether it has been asked to end, so that its end is no loss.
+        ended: set when its process has ended.
+    """
 
-    def _stream_ended(self, rank: int, error: Exception | None) -> None:
-        """A rank's socket ended.  Usually its process ends with it, and has more to tell."""
+    def __init__(
+        self, number: int, config: ExecutorConfig, options: NcclOptions, events: TransportEvents, staging: int
+    ) -> None:
+        self._number = number
+        self._events = events
+        self.leaving = False
+        self.ended = anyio.Event()
+        self._loop = loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            control, side, layouts = _pair(stack), _pair(stack), _pair(stack, socket.SOCK_SEQPACKET)
+            launch = RankLaunch(
+                driver_pid=os.getpid(),
+                rank=number,
+                backend=options.backend,
+                devices=options.devices,
+                collective_timeout=collective_timeout(config.timeouts),
+                max_frame_bytes=config.max_frame_bytes,
+                control=control[1].fileno(),
+                side=side[1].fileno(),
+                staging=staging,
+                layouts=layouts[1].fileno(),
+                sys_path=[str(path) for path in sys.path],
+            )
+            self.process = RankProcess(loop, launch, _environment(config, options), self._exited)
+            on_frame = functools.partial(events.frame_received, number)
+            self.stream = DriverStream(loop, control[0].dup(), config.max_frame_bytes, on_frame, self._stream_ended)
+            self.side = _Side(loop, side[0].dup())
+            self._layouts = layouts[0].dup()
+            self._layouts.setblocking(False)
+
+    def place(self, layout: Layout, joints: Joints) -> None:
+        """Tell it its place among the ranks."""
+        with contextlib.suppress(ConnectionError):  # it is gone, and its death explains itself
+            send_layout(self._layouts, layout, joints)
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self.stream.close()
+        self.side.close()
+        self._layouts.close()
+
+    def _exited(self) -> None:
+        """Its process ended: take what it sent last, then say so."""
+        self.ended.set()
+        self.stream.read()
+        self._lost(self.process.loss())
+
+    def _stream_ended(self, error: Exception | None) -> None:
+        """Its socket ended.  Usually its process ends with it, and has more to tell."""
         if isinstance(error, WireError):
-            self._give_up(rank, f"it sent what is no frame: {error}")
-        elif not self._closing:
-            asyncio.get_running_loop().call_later(_EXIT_LIMIT, self._give_up, rank, "it closed its connection")
+            self._give_up(f"it sent what is no frame: {error}")
+        elif not self.leaving:
+            self._loop.call_later(_EXIT_LIMIT, self._give_up, "it closed its connection")
 
-    def _give_up(self, rank: int, reason: str) -> None:
-        if self._processes[rank].running:
-            self._lost(rank, RankLoss(reason, self._processes[rank].pid))
+    def _give_up(self, reason: str) -> None:
+        if self.process.running:
+            self._lost(RankLoss(reason, self.process.pid))
 
-    def _lost(self, rank: int, loss: RankLoss) -> None:
-        if not self._closing:
-            self.events.rank_lost(rank, loss)
+    def _lost(self, loss: RankLoss) -> None:
+        if not self.leaving:
+            self._events.rank_lost(self._number, loss)
 
 
 class _Side:
@@ -226,9 +249,17 @@ class _Side:
         self._waiting.clear()
 
 
-def _pair(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
-    """Two connected sockets, closed in the driver once the ranks have inherited them."""
-    first, second = socket.socketpair()
+def _environment(config: ExecutorConfig, options: NcclOptions) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // config.world_size)
+    defaults = {"OMP_NUM_THREADS": str(threads)}
+    return defaults | dict(os.environ) | options.environment
+
+
+def _pair(
+    stack: contextlib.ExitStack, kind: socket.SocketKind = socket.SOCK_STREAM
+) -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets, closed in the driver once the ranks have inherited them or been sent them."""
+    first, second = socket.socketpair(socket.AF_UNIX, kind)
     stack.callback(first.close)
     stack.callback(second.close)
     return first, second

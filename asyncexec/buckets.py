@@ -107,7 +107,7 @@ def cut(
     Raises:
         TypeError: one is no tensor in host memory.
     """
-    pairs: Iterable[tuple[str, Any]] = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+    pairs: Any = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
     group: list[tuple[str, Any]] = []
     size = 0
     for name, tensor in pairs:

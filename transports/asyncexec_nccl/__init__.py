@@ -5,7 +5,10 @@
     stream      frames over a socket: without blocking in the driver, blocking on the rank
     layout      a rank's place, and the descriptors that join it to the others
     rank        the rank's half, and what a rank's process runs
-    hops        intermediate tensors from one pipeline stage to the next
+    devices     which GPU a rank gets
+    hops        intermediate tensors from one pipeline stage to the next, through host memory
+    gpu_hops    the same from GPU to GPU, by NCCL
+    staging     memory that the driver fills and every rank can read
 
 The driver imports no torch.
 """

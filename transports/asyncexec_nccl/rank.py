@@ -156,8 +156,8 @@ class _SocketLink(RankLink):
         return self._staged.read(begin, nbytes)
 
     def leave(self) -> None:
-        self._staged.close()
         leave_groups(self._groups)
+        self._staged.close()  # unpinning may wait for the GPU, which waits for nobody any more
         self._groups = ProcessGroups()
         if self._previous is not None:
             self._previous.close()

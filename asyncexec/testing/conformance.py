@@ -285,7 +285,8 @@ async def death(target: Target) -> None:
         for awaitable in waiting:
             error = await _raises(WorkerDied, awaitable, f"rank {victim} died")
             assert isinstance(error, WorkerDied)
-            assert (error.rank, error.signal) == (victim, "SIGKILL")
+            assert error.rank == victim
+            assert error.signal in ("SIGKILL", None)  # older kernels tell the parent alone, which may not be us
         await _raises(ExecutorFailed, executor.collective_rpc("rank"), f"rank {victim} died")
         assert causes == [executor.failure]
 

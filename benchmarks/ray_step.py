@@ -2,13 +2,14 @@
 
 Four ways to have 1 or 2 actors echo a byte string of 16 bytes or 10 KB, one step at a time: through asyncexec, on its
 direct and on its documented path; Ray's own `await graph.execute_async(...)`; and Ray's blocking
-`ray.get(graph.execute(...))`.  They are measured in rounds that alternate between them, because machines are noisy, and
-each has the machine to itself, because the readers of an idle graph take a core each.  The figures are medians, and the
-ratios are of medians.
+`ray.get(graph.execute(...))`.  Then again with four steps in flight, as steps per second.  They are measured in rounds
+that alternate between them, because machines are noisy, and each has the machine to itself, because the readers of an
+idle graph take a core each.  The figures are medians, and the ratios are of medians.
 """
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import importlib
 import statistics
@@ -23,6 +24,8 @@ ray: Any = importlib.import_module("ray")
 dag: Any = importlib.import_module("ray.dag")
 
 Step = Callable[[bytes], Awaitable[Any]]
+
+IN_FLIGHT = 4
 
 
 class EchoWorker:
@@ -57,7 +60,11 @@ async def on_ray(ranks: int, *, awaited: bool) -> AsyncIterator[Step]:
     async def block_on_it(message: bytes) -> None:
         ray.get(graph.execute(message))
 
-    yield await_it if awaited else block_on_it
+    def submit(message: bytes) -> Awaitable[Any]:
+        """Ray's futures must be awaited in order, each by itself, and not be cancelled."""
+        return asyncio.ensure_future(await_it(message))
+
+    yield submit if awaited else block_on_it
     await asyncio.to_thread(graph.teardown, kill_actors=True)
 
 
@@ -65,7 +72,12 @@ async def on_ray(ranks: int, *, awaited: bool) -> AsyncIterator[Step]:
 async def on_asyncexec(ranks: int, driver: str) -> AsyncIterator[Step]:
     """Steps through the transport."""
     options = {"ray": {"backend": "none", "driver": driver}}
-    config = {"transport": "ray", "tensor_parallel_size": ranks, "options": options}
+    config = {
+        "transport": "ray",
+        "tensor_parallel_size": ranks,
+        "max_concurrent_batches": IN_FLIGHT,
+        "options": options,
+    }
     async with create_executor(config, EchoWorker) as executor:
         yield executor.execute_model
 
@@ -93,6 +105,25 @@ async def measure(ranks: int, size: int, rounds: int, steps: int) -> dict[str, f
     return {name: statistics.median(measured) for name, measured in times.items()}
 
 
+async def throughput(ranks: int, size: int, rounds: int, steps: int) -> dict[str, float]:
+    """Median over the rounds of steps per second with `IN_FLIGHT` of them under way, by the way that they took."""
+    rates: dict[str, list[float]] = {}
+    message = b"x" * size
+    for _ in range(rounds):
+        for name in ("direct", "documented", "Ray, awaited"):
+            async with WAYS[name](ranks) as step:
+                await step(message)
+                under_way = collections.deque(step(message) for _ in range(IN_FLIGHT))
+                began = time.perf_counter()
+                for _ in range(steps):
+                    await under_way.popleft()
+                    under_way.append(step(message))
+                rates.setdefault(name, []).append(steps / (time.perf_counter() - began))
+                while under_way:
+                    await under_way.popleft()
+    return {name: statistics.median(measured) for name, measured in rates.items()}
+
+
 async def measure_all(rounds: int, steps: int) -> None:
     """Print a line for each number of ranks and size."""
     for ranks in (1, 2):
@@ -102,6 +133,11 @@ async def measure_all(rounds: int, steps: int) -> None:
             awaited = medians["direct"] / medians["Ray, awaited"]
             blocking = medians["direct"] / medians["Ray, blocking"]
             print(f"{ranks} ranks, {size} B: {figures}; direct is {awaited:.2f}x awaited, {blocking:.2f}x blocking")
+            rates = await throughput(ranks, size, rounds, 4 * steps)
+            figures = ", ".join(f"{name} {rate:.0f}/s" for name, rate in rates.items())
+            print(
+                f"  {IN_FLIGHT} in flight: {figures}; direct is {rates['direct'] / rates['Ray, awaited']:.2f}x awaited"
+            )
 
 
 def main() -> int:

@@ -28,6 +28,7 @@ from asyncexec import (
     AsyncExecError,
     ExecutorBusy,
     IntermediateTensors,
+    ReconfigureDistributedRequest,
     StepFuture,
     StepTimeout,
     WorkerDied,
@@ -307,6 +308,49 @@ async def cycles(ranks: int) -> str:
     return f"200 cycles of {took / 200 * 1e3:.0f} ms: fds, threads and tasks as before, memory {growth:+.1f} MiB"
 
 
+async def layouts(ranks: int) -> str:
+    """An executor that changes its layout from 1x2 to 2x2 to 1x1 under use, ten times."""
+    times: list[float] = []
+
+    async def cycle() -> None:
+        config = layout(1, timeouts=QUICK) | {"pipeline_parallel_size": 2}
+        async with create_executor(config, Worker) as executor:
+            for tensor_parallel, pipeline_parallel in ((1, 2), (2, 2), (1, 1)):
+                if executor.config.world_size != tensor_parallel * pipeline_parallel:
+                    began = time.perf_counter()
+                    await executor.reinitialize_distributed(
+                        ReconfigureDistributedRequest(
+                            tensor_parallel_size=tensor_parallel, pipeline_parallel_size=pipeline_parallel
+                        )
+                    )
+                    times.append(time.perf_counter() - began)
+                require(await executor.execute_model(7) == 7, "a step did not work")
+                pids = await executor.collective_rpc("pid")
+                require(len(set(pids)) == tensor_parallel * pipeline_parallel, "ranks are missing")
+
+    await cycle()
+    gc.collect()
+    before = _resources()
+    for _ in range(10):
+        await cycle()
+    gc.collect()
+    after = _resources()
+    left = ray_leftovers() if TRANSPORT["name"] == "ray" else []
+    require(not left, f"left on the cluster: {left}")
+    if TRANSPORT["name"] != "ray":  # whose client library pools its sockets
+        require(after[:3] == before[:3], f"fds, threads, tasks went from {before[:3]} to {after[:3]}")
+    took = f"a change p50 {quantile(times, 0.5) * 1e3:.0f} ms, at most {max(times) * 1e3:.0f} ms"
+    return f"10 executors through 1x2, 2x2, 1x1, each used: nothing left, {took}"
+
+
+def ray_leftovers() -> list[str]:
+    """Actors and placement groups that live."""
+    state: Any = importlib.import_module("ray._private.state")
+    actors = [str(actor["Pid"]) for actor in state.actors().values() if actor["State"] != "DEAD"]
+    groups = importlib.import_module("ray.util").placement_group_table().values()
+    return actors + [group["placement_group_id"] for group in groups if group["state"] != "REMOVED"]
+
+
 def _resources() -> tuple[int, int, int, int]:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     fds = len(os.listdir("/proc/self/fd"))
@@ -353,10 +397,11 @@ CASES: dict[str, tuple[Callable[[int], Awaitable[str]], bool]] = {
     "hangs": (hangs, False),
     "closing": (closing, False),
     "cycles": (cycles, True),
+    "layouts": (layouts, False),
 }
 
 
-ON_RAY = ("cancellations", "kills", "raises", "hangs")
+ON_RAY = ("cancellations", "kills", "raises", "hangs", "layouts")
 
 
 def _run_on_ray(cases: list[str], ranks: list[int]) -> None:
@@ -371,7 +416,7 @@ def _run_on_ray(cases: list[str], ranks: list[int]) -> None:
         _system_config=cluster.LOCAL_SYSTEM_CONFIG,
     )
     for name in cases:
-        for number in ranks:
+        for number in ranks[:1] if name == "layouts" else ranks:
             print(f"{name} (ray, {number} ranks): {run(_bounded(CASES[name][0], number))}", flush=True)
     ray.shutdown()
 
@@ -398,7 +443,7 @@ def main() -> int:
             print(f"{name}: {run(mutations(0))}", flush=True)
             continue
         case, on_local = CASES[name]
-        for ranks in [0] * on_local + arguments.ranks:
+        for ranks in [0] * on_local + (arguments.ranks[:1] if name == "layouts" else arguments.ranks):
             where = f"nccl, {ranks} ranks" if ranks else "local"
             print(f"{name} ({where}): {run(_bounded(case, ranks))}", flush=True)
     return 0

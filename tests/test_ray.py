@@ -58,6 +58,13 @@ async def test_every_rank_of_every_stage_reports_if_the_aggregator_asks() -> Non
             assert await executor.execute_model(None) == ["from 0", "from 1", "fine", "fine"]
 
 
+async def test_connectors_of_all_ranks_are_merged() -> None:
+    async with create_executor(layout(2, 2) | {"aggregator": "kv"}, workers.StagedSender) as executor:
+        outputs = [await executor.execute_model(ranks) for ranks in ([0], [2, 3], [], [1], [0, 1, 2, 3])]
+        finished = [getattr(output.kv_connector_output, "finished_sending", None) for output in outputs]
+        assert finished == [None, None, None, {"request"}, {"request"}]
+
+
 async def test_process_groups_of_two_executors_at_once() -> None:
     four = create_executor(layout(2, 2, "gloo"), workers.SumWorker)
     async with create_executor(layout(2, 1, "gloo"), workers.SumWorker) as pair, four:

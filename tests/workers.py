@@ -386,3 +386,15 @@ class Sender:
         if self.rank not in scheduler_output:
             return ModelOutput()
         return ModelOutput(kv_connector_output=KVConnectorOutput(finished_sending={"request"}))
+
+
+class StagedSender(Sender):
+    """The same on several pipeline stages."""
+
+    def __init__(self, context: RankContext) -> None:
+        super().__init__(context)
+        self.is_last_stage = context.is_last_stage
+
+    def execute_model(self, scheduler_output: list[int], intermediate: Any) -> Any:
+        output = super().execute_model(scheduler_output, None)
+        return output if self.is_last_stage else IntermediateTensors({}, output)

@@ -218,7 +218,7 @@ async def cancellation_at_every_await(target: Target) -> None:
     while not await _cancelled_at(moments, live()):
         moments += 1
         gc.collect()
-        assert _resources() == before, f"cancelled at suspension {moments}: {_resources()} in place of {before}"
+        _require_no_more_than(before, f"cancelled at suspension {moments}")
 
 
 async def deadlines(target: Target) -> None:
@@ -285,7 +285,8 @@ async def death(target: Target) -> None:
         for awaitable in waiting:
             error = await _raises(WorkerDied, awaitable, f"rank {victim} died")
             assert isinstance(error, WorkerDied)
-            assert (error.rank, error.signal) == (victim, "SIGKILL")
+            assert error.rank == victim
+            assert error.signal in ("SIGKILL", None)  # older kernels tell the parent alone, which may not be us
         await _raises(ExecutorFailed, executor.collective_rpc("rank"), f"rank {victim} died")
         assert causes == [executor.failure]
 
@@ -323,7 +324,7 @@ async def leaks(target: Target) -> None:
     for _ in range(10):
         await cycle()
     gc.collect()
-    assert _resources() == before
+    _require_no_more_than(before, "after ten executors")
 
 
 CHECKS: Mapping[str, Callable[[Target], Awaitable[None]]] = {
@@ -413,6 +414,12 @@ def _resources() -> tuple[int, int, int, int]:
     threads = [thread for thread in threading.enumerate() if not thread.name.startswith(("AnyIO", "asyncio_"))]
     children = [task for task in os.listdir("/proc/self/task") if os.path.exists(f"/proc/self/task/{task}/children")]
     return len(descriptors()), len(threads), len(asyncio.all_tasks()), sum(map(_children, children))
+
+
+def _require_no_more_than(before: tuple[int, int, int, int], when: str) -> None:
+    """Something may still have been there before that has ended since, but nothing may be there in addition."""
+    now = _resources()
+    assert all(n <= b for n, b in zip(now, before, strict=True)), f"{when}: {now} in place of {before}"
 
 
 def descriptors() -> dict[str, str]:

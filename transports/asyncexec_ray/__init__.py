@@ -8,7 +8,7 @@
     process          a rank's process where it is on the driver's host
     graph            the compiled graph of the steps: when it is compiled, used and torn down
     documented       driving a graph by what Ray documents
-    graph_internals  driving a graph without Ray's overhead; all that touches Ray's internals
+    graph_internals  driving a graph by a reader and a writer of our own; all that touches Ray's internals
     actor            the class of the actors, which brings the driver's import path along
     rank             the rank's half
     refs             awaiting what Ray answers

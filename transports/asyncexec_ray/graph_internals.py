@@ -1,4 +1,4 @@
-"""Driving a compiled graph without Ray's overhead.  All that touches Ray's internals is in this file.
+"""Driving a compiled graph by a reader and a writer of our own.  All that touches Ray's internals is in this file.
 
 Ray's own asyncio reader and writer take two tasks, two thread pools and several wake-ups for each step.  Here the
 writer writes on the event loop, which never blocks as long as no more steps are in flight than a channel has buffers;

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import workers
 
-from asyncexec import ConfigError, ExecutorConfig, WorkerDied, WorkerStartError, create_executor
+from asyncexec import ConfigError, ExecutorConfig, Timeouts, WorkerDied, WorkerStartError, create_executor
 from asyncexec.wire import Frame, FrameKind
+from asyncexec_nccl.devices import collective_timeout
 from asyncexec_nccl.stream import DriverStream, RankStream
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
@@ -197,3 +198,17 @@ async def test_a_stream_keeps_order_when_the_peer_is_slow() -> None:
 def test_frames_of_a_rank_are_bounded() -> None:
     with pytest.raises(ConfigError, match="max_frame_bytes"):
         ExecutorConfig(max_frame_bytes=0)
+
+
+@pytest.mark.parametrize("devices", [[0], [0, 0], [0, -1], []])
+async def test_every_rank_needs_a_gpu_of_its_own(devices: list[int]) -> None:
+    config = {"transport": "nccl", "tensor_parallel_size": 2, "options": {"nccl": {"devices": devices}}}
+    with pytest.raises(ConfigError, match="valid: 2 different numbers from 0, one for each rank"):
+        async with create_executor(config, workers.EchoWorker):
+            pytest.fail("it started")
+
+
+def test_no_operation_of_a_group_ends_before_the_calls_deadline() -> None:
+    assert collective_timeout(Timeouts()) == 1200
+    assert collective_timeout(Timeouts(methods={"load": 5000.0})) == 10000
+    assert collective_timeout(Timeouts(step=None)) > 365 * 86400

@@ -23,6 +23,7 @@ PARTS: dict[str, tuple[list[str], int]] = {
     "steps": (["steps.py"], 120),
     "hop_alone": (["hop_alone.py"], 90),
     "ray_peer": (["ray_peer.py"], 90),
+    "ray_transport": (["ray_transport.py"], 120),
     "model": (["model.py"], 120),
     "equality": (["equality.py"], 150),
     "decode": (["decode.py"], 120),

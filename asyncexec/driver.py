@@ -209,9 +209,11 @@ class Driver(Executor):
             if scope.cancelled_caught:
                 message = f"the calls in flight were not done within {limit:g} s"
                 raise StepTimeout(message, timeout=limit, waiting_for=(), method="reinitialize_distributed")
+            self._check_reinitializing()
             started = range(old.world_size, config.world_size)
             try:
                 await self._bring_up(config, started)
+                self._check_reinitializing()
             except Exception:
                 await self._transport.close(started)
                 raise
@@ -237,6 +239,13 @@ class Driver(Executor):
             if self._state is _State.REINITIALIZING:
                 self._state = _State.RUNNING
             self._calls.look_again()  # whoever waits for a slot
+
+    def _check_reinitializing(self) -> None:
+        """After an await: meanwhile somebody may have closed the executor, or a rank been lost."""
+        if self._failure is not None:
+            raise self._failure
+        if self._state is not _State.REINITIALIZING:
+            raise ExecutorClosed(f"the executor {self._state.value}")
 
     async def _bring_up(self, config: ExecutorConfig, started: Sequence[int]) -> None:
         """Start the ranks that are missing; the others must not be made to wait for one that does not come up."""

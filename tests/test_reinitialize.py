@@ -182,6 +182,25 @@ async def test_closing_meanwhile_ends_everything(make: Layouts) -> None:
             await moving
 
 
+@pytest.mark.parametrize("how", ["close", "abort", "death"])
+async def test_an_end_while_calls_finish_starts_no_ranks(make: Layouts, how: str) -> None:
+    async with create_executor(make(1, 1, timeouts=QUICK | {"drain": 30.0}), workers.Movable) as executor:
+        [pid] = await executor.collective_rpc("pid")
+        nap = asyncio.ensure_future(executor.collective_rpc("nap", (60.0,)))
+        await asyncio.sleep(0)
+        moving = asyncio.ensure_future(executor.reinitialize_distributed(sizes(2, 1)))
+        await asyncio.sleep(0)
+        if how == "death":
+            os.kill(pid, signal.SIGKILL)
+        elif how == "abort":
+            executor.abort()
+        else:
+            await executor.aclose()
+        for awaitable in (nap, moving):
+            with pytest.raises(WorkerDied if how == "death" else ExecutorClosed):
+                await awaitable
+
+
 async def test_leaving_closes_the_executor(make: Layouts) -> None:
     async with create_executor(make(2, 1), workers.Movable) as executor:
         await executor.reinitialize_distributed(ReconfigureDistributedRequest(leave=True))

@@ -13,6 +13,7 @@ from rich.console import Console
 from asyncexec import cli
 from asyncexec.bench import command, suites
 from asyncexec.bench.case import Point, Samples
+from asyncexec.bench.harness import Harness
 from asyncexec.bench.host import Host, PeerFailed
 from asyncexec.bench.peers import PEERS, load_peer
 from asyncexec.bench.ratios import quantile, ratio_of_medians
@@ -176,6 +177,17 @@ def test_a_small_run_of_two_peers(
 def test_a_peer_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(PeerFailed, match=r"^ConfigError: .*local.*$"):
         Host("local", 2, keeps_running=True)
+
+
+def test_the_others_go_on_without_a_peer_that_fails() -> None:
+    floor = load_peer("floor")
+    lines: list[Line] = []
+    parts = [Part("steps", (Point(2),), 1, 3), Part("life", (Point(2),), 2, 1)]
+    # of `local`, whose limit of one rank is hidden here
+    Harness(parts, {"local": floor, "floor": floor}, lines.append, lambda what, behind: None).run()
+    failures = [line for line in lines if isinstance(line, Failure)]
+    assert [(failure.case, failure.peer) for failure in failures] == [("steps", "local"), ("life", "local")]
+    assert [line.case for line in lines if isinstance(line, Turn) and line.peer == "floor"] == ["steps", "life", "life"]
 
 
 def test_a_missing_peer_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

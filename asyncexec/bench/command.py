@@ -19,7 +19,7 @@ from asyncexec.bench.suites import SUITES, Part
 from asyncexec.bench.tables import comparison, summary
 from asyncexec.errors import ConfigError
 
-WIDTH = 110
+WIDTH = 120
 """Columns of the tables where the output is no terminal."""
 
 

@@ -61,7 +61,7 @@ def comparison(first: Results, second: Results) -> Table:
             for metric in dict.fromkeys(name for samples in before[peer].values() for name in samples):
                 both = [_by_round(each[peer], metric) for each in (before, after)]
                 if all(both):
-                    medians = (f"{statistics.median(each.values()):.4g}" for each in both)
+                    medians = (_digits(statistics.median(each.values())) for each in both)
                     table.add_row(peer, metric, *medians, _ratio(both[1], both[0]))
     return table
 
@@ -95,6 +95,11 @@ def _ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
 def _median(together: Iterable[Samples], metric: str, form: str) -> str:
     values = [value for samples in together for value in samples.get(metric, ())]
     return format(statistics.median(values), form) if values else "-"
+
+
+def _digits(value: float) -> str:
+    """Four significant digits, and no exponent for what is large."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _noticed(together: Iterable[Samples]) -> str:

@@ -24,10 +24,9 @@ contracts: .venv/.dev
 unit: .venv/.dev
 	$(BIN)/pytest
 
-bench: .venv/.dev  ## an awaited step beside the bare floor, overlap, idle cost
-	$(BIN)/python benchmarks/step_latency.py
+bench: .venv/.dev  ## every transport beside its peers, below ten minutes; the overlap of pipeline stages
+	$(BIN)/asyncexec bench --suite full
 	$(BIN)/python benchmarks/pipeline_overlap.py
-	$(BIN)/python benchmarks/idle_cost.py
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix

@@ -1,11 +1,12 @@
-"""The command line: `asyncexec demo`, `asyncexec doctor`, `asyncexec report`, `asyncexec --version`."""
+"""The command line: `asyncexec bench`, `demo`, `doctor` and `report`, and `asyncexec --version`."""
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import asyncexec
 from asyncexec.errors import AsyncExecError, ConfigError, TransportUnavailable
@@ -16,6 +17,9 @@ USAGE_ERROR = 2
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+
+NEEDED = {"bench": ("rich",), "demo": ("torch", "safetensors", "tokenizers", "rich")}
+"""Packages without which a command cannot run; the extra of its name has them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,21 +34,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="asyncexec", description="An asyncio-native executor for inference engines.")
     parser.add_argument("--version", action="version", version=f"asyncexec {asyncexec.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="generate text with a transformer split over worker processes")
+    extras = {
+        "bench": commands.add_parser(
+            "bench", help="what a step costs on each transport, beside what else one would use"
+        ),
+        "demo": commands.add_parser("demo", help="generate text with a transformer split over worker processes"),
+    }
     commands.add_parser("doctor", help="what this machine has, and which transports it can use")
     report = commands.add_parser("report", help="what the ranks of running executors are doing")
     report.add_argument("pid", type=int, nargs="?", help="of the driver's process (default: every one)")
-    missing = _missing_for_demo()
-    if not missing:
-        from asyncexec.demo import command
-
-        command.add_arguments(demo)
+    for name, subparser in extras.items():
+        if not _missing(name):
+            _module(name).add_arguments(subparser)
     parsed, rest = parser.parse_known_args(arguments)
-    if parsed.command == "demo" and missing:
-        print(f"asyncexec demo needs {', '.join(missing)}: pip install 'asyncexec[demo]'", file=sys.stderr)
+    if missing := _missing(parsed.command):
+        needed = f"{', '.join(missing)}: pip install 'asyncexec[{parsed.command}]'"
+        print(f"asyncexec {parsed.command} needs {needed}", file=sys.stderr)
         return USAGE_ERROR
     if rest:
-        (demo if parsed.command == "demo" else parser).error(f"unrecognized arguments: {' '.join(rest)}")
+        extras.get(parsed.command, parser).error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return _run(parsed)
     except (ConfigError, TransportUnavailable) as error:
@@ -70,9 +78,8 @@ def _run(parsed: argparse.Namespace) -> int:
         return 0
     if parsed.command == "report":
         return _report(parsed.pid)
-    from asyncexec.demo import command
-
-    return command.run(parsed)
+    status: int = _module(parsed.command).run(parsed)
+    return status
 
 
 def _report(pid: int | None) -> int:
@@ -84,6 +91,10 @@ def _report(pid: int | None) -> int:
     return 0
 
 
-def _missing_for_demo() -> list[str]:
-    needed = ("torch", "safetensors", "tokenizers", "rich")
-    return [name for name in needed if importlib.util.find_spec(name) is None]
+def _module(command: str) -> Any:
+    """The code of a command that has an extra: imported where it is used, and where what it needs is there."""
+    return importlib.import_module(f"asyncexec.{command}.command")
+
+
+def _missing(command: str) -> list[str]:
+    return [name for name in NEEDED.get(command, ()) if importlib.util.find_spec(name) is None]

@@ -1,0 +1,47 @@
+"""The contract of a case: one thing to measure of any peer."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from asyncexec.bench.peer import Peer
+
+Samples = dict[str, list[float]]
+"""What one turn measured: raw samples, by the name of the metric, which ends with its unit."""
+
+
+class Point(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a case is measured.
+
+    Attributes:
+        ranks: of the peer.
+        requests: in the scheduler output that each step carries.
+        in_flight: steps under way at once.
+        interval_ms: milliseconds from the start of one step to that of the next; 0 is back to back.
+    """
+
+    ranks: int
+    requests: int = 64
+    in_flight: int = 1
+    interval_ms: float = 0.0
+
+    def __str__(self) -> str:
+        pace = f"every {self.interval_ms:g} ms" if self.interval_ms else f"{self.in_flight} in flight"
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)}, {self.requests} requests, {pace}"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One case.
+
+    Attributes:
+        name: what results and tables call it.
+        measure: does one turn with a peer at a point.  The last argument says how much: steps, or seconds.
+        fresh: whether it starts, or breaks, the peer by itself: each turn gets a process of its own, which is killed
+            afterwards.  Other cases share one that is running.
+    """
+
+    name: str
+    measure: Callable[[Peer, Point, float], Awaitable[Samples]]
+    fresh: bool = False

@@ -1,0 +1,55 @@
+"""Ray compiled graphs, as Ray documents them: blocking, and awaited."""
+
+import asyncio
+import importlib
+from collections.abc import Awaitable
+from typing import Any, ClassVar
+
+from asyncexec.bench.payload import SchedulerOutput
+from asyncexec.bench.peer import MAX_IN_FLIGHT
+from asyncexec.bench.peers.ray_actors import RayPeer
+
+
+class RayGraph(RayPeer):
+    """`ray.get(graph.execute(...))`: it blocks the event loop until the answer is there.
+
+    Attributes:
+        awaited: whether the graph is compiled with `enable_asyncio`.
+    """
+
+    awaited: ClassVar[bool] = False
+
+    async def start(self) -> None:
+        """Create the actors and compile."""
+        await super().start()
+        dag: Any = importlib.import_module("ray.dag")
+        with dag.InputNode() as value:
+            outputs = dag.MultiOutputNode([actor.step.bind(value) for actor in self.actors])
+        self._graph = outputs.experimental_compile(
+            enable_asyncio=self.awaited, _max_inflight_executions=MAX_IN_FLIGHT + 1
+        )
+
+    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+        """Write the input; awaiting the answer blocks."""
+        return self._wait(self._graph.execute(value))
+
+    async def _wait(self, references: Any) -> Any:
+        return self.ray.get(references)
+
+    async def close(self) -> None:
+        """Tear the graph down first."""
+        await asyncio.to_thread(self._graph.teardown)
+        await super().close()
+
+
+class RayGraphAwaited(RayGraph):
+    """`await graph.execute_async(...)`, and each of its futures by itself, in order."""
+
+    awaited = True
+
+    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+        """A task, so that it starts without being awaited."""
+        return asyncio.ensure_future(self._step(value))
+
+    async def _step(self, value: SchedulerOutput) -> Any:
+        return [await output for output in await self._graph.execute_async(value)]

@@ -1,0 +1,119 @@
+"""Results for people: the table at the end of a run, and the comparison of two."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+
+from rich import box
+from rich.table import Table
+
+from asyncexec.bench.case import Samples
+from asyncexec.bench.cases.failure import LIMIT_S
+from asyncexec.bench.ratios import quantile, ratio_of_medians
+from asyncexec.bench.results import Place, Results
+
+REFERENCE = "nccl"
+"""The peer beside which the others are shown; the first one where it was not measured."""
+
+Rounds = Mapping[int, Samples]
+"""One peer's samples at one place, by round."""
+
+Places = Mapping[Place, Mapping[str, Rounds]]
+"""What was measured, by case and point, and by peer."""
+
+
+def summary(results: Results) -> list[Table]:
+    """A table of the steps, and one of what is around them."""
+    steps = {place: peers for place, peers in results.turns.items() if place[0] == "steps"}
+    around = {place: peers for place, peers in results.turns.items() if place[0] != "steps"}
+    return [make(places) for make, places in ((_steps, steps), (_around, around)) if places]
+
+
+def _steps(places: Places) -> Table:
+    names = dict.fromkeys(name for peers in places.values() for name in peers)
+    reference = REFERENCE if REFERENCE in names else next(iter(names))
+    table = _table("peer", "p50 us", "p99 us", f"p50 / {reference}'s [95%]", "steps/s", "CPU us/step")
+    for (_, point), peers in places.items():
+        _section(table, str(point))
+        for name, rounds in peers.items():
+            table.add_row(name, *_step_figures(rounds, peers.get(reference, {})))
+    return table
+
+
+def _around(places: Places) -> Table:
+    table = _table("peer", "idle cores", "start s", "stop s", "death noticed ms")
+    for ranks in sorted({point.ranks for _, point in places}):
+        _section(table, f"{ranks} rank{'s' * (ranks > 1)}")
+        at = [peers for (_, point), peers in places.items() if point.ranks == ranks]
+        for name in dict.fromkeys(name for peers in at for name in peers):
+            together = [samples for peers in at for samples in peers.get(name, {}).values()]
+            figures = [_median(together, metric, ".3g") for metric in ("idle_cores", "start_s", "stop_s")]
+            table.add_row(name, *figures, _noticed(together))
+    return table
+
+
+def comparison(first: Results, second: Results) -> Table:
+    """What changed from the first run to the second: ratios of medians over the rounds that both have."""
+    table = _table("peer", "metric", "first", "second", "second / first [95%]")
+    for place in [place for place in first.turns if place in second.turns]:
+        _section(table, f"{place[0]}: {place[1]}")
+        before, after = first.turns[place], second.turns[place]
+        for peer in [peer for peer in before if peer in after]:
+            for metric in dict.fromkeys(name for samples in before[peer].values() for name in samples):
+                both = [_by_round(each[peer], metric) for each in (before, after)]
+                if all(both):
+                    medians = (_digits(statistics.median(each.values())) for each in both)
+                    table.add_row(peer, metric, *medians, _ratio(both[1], both[0]))
+    return table
+
+
+def _step_figures(rounds: Rounds, reference: Rounds) -> list[str]:
+    together = list(rounds.values())
+    latencies = [latency for samples in together for latency in samples["latency_us"]]
+    ratio = _ratio(_by_round(rounds, "latency_us"), _by_round(reference, "latency_us"))
+    return [
+        f"{statistics.median(latencies):.0f}",
+        f"{quantile(latencies, 0.99):.0f}",
+        ratio,
+        _median(together, "steps_per_s", ".0f"),
+        _median(together, "cpu_us_per_step", ".0f"),
+    ]
+
+
+def _by_round(rounds: Rounds, metric: str) -> dict[int, float]:
+    """The median of each round that has samples of this metric."""
+    return {number: statistics.median(samples[metric]) for number, samples in rounds.items() if samples.get(metric)}
+
+
+def _ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+    """Of the rounds that both have; a median of 0, as of an idle peer, has no ratio."""
+    both = [(ours[number], theirs[number]) for number in ours if number in theirs]
+    if not both or min(map(min, both)) <= 0:
+        return "-"
+    return str(ratio_of_medians([our for our, _ in both], [their for _, their in both]))
+
+
+def _median(together: Iterable[Samples], metric: str, form: str) -> str:
+    values = [value for samples in together for value in samples.get(metric, ())]
+    return format(statistics.median(values), form) if values else "-"
+
+
+def _digits(value: float) -> str:
+    """Four significant digits, and no exponent for what is large."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _noticed(together: Iterable[Samples]) -> str:
+    figure = _median(together, "failure_ms", ".0f")
+    return f"not within {figure}" if figure == f"{LIMIT_S * 1e3:.0f}" else figure
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    return table
+
+
+def _section(table: Table, title: str) -> None:
+    table.add_section()
+    table.add_row(title, style="bold")

@@ -1,0 +1,245 @@
+"""`asyncexec bench`: what samples show, what is kept of them, and one small run."""
+
+import io
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from asyncexec import cli
+from asyncexec.bench import command, suites
+from asyncexec.bench.case import Point, Samples
+from asyncexec.bench.harness import Harness
+from asyncexec.bench.host import Host, PeerFailed
+from asyncexec.bench.peers import PEERS, load_peer
+from asyncexec.bench.ratios import quantile, ratio_of_medians
+from asyncexec.bench.results import Failure, Header, Line, Results, Turn, Writer
+from asyncexec.bench.suites import Part
+from asyncexec.bench.tables import comparison, summary
+
+ROOT = Path(__file__).parents[1]
+HEADER = Header("2026-01-01T00:00:00Z", "quick", "abc", {"cores": "2"}, {"python": "3.11"}, [], {"zeromq": "missing"})
+POSITIVE = st.floats(min_value=1e-3, max_value=1e6)
+PAIRS = st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=12)
+
+
+@given(st.lists(POSITIVE, min_size=1), st.floats(0, 1))
+def test_a_quantile_is_a_sample_that_enough_do_not_exceed(samples: list[float], share: float) -> None:
+    found = quantile(samples, share)
+    assert found in samples
+    assert sum(sample <= found for sample in samples) >= share * len(samples) - 1e-9
+    assert sum(sample < found for sample in samples) <= share * len(samples)
+
+
+@given(PAIRS)
+def test_the_interval_holds_the_ratio_and_the_rounds_bound_it(pairs: list[tuple[float, float]]) -> None:
+    ours, theirs = [our for our, _ in pairs], [their for _, their in pairs]
+    ratio = ratio_of_medians(ours, theirs)
+    assert ratio.value == pytest.approx(statistics.median(ours) / statistics.median(theirs))
+    assert ratio.low <= ratio.value <= ratio.high
+    assert min(ours) / max(theirs) <= ratio.low * (1 + 1e-9)
+    assert ratio.high <= max(ours) / min(theirs) * (1 + 1e-9)
+    assert ratio == ratio_of_medians(ours, theirs), "the draws are the same"
+
+
+@given(st.lists(POSITIVE, min_size=1, max_size=12), st.sampled_from([0.25, 0.5, 2.0, 8.0]))
+def test_what_slows_a_round_down_for_both_widens_nothing(theirs: list[float], factor: float) -> None:
+    assert ratio_of_medians([their * factor for their in theirs], theirs) == (factor, factor, factor)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([], []), ([1.0], [1.0, 2.0]), ([0.0], [1.0]), ([1.0], [-1.0])])
+def test_a_ratio_of_nothing_is_refused(ours: list[float], theirs: list[float]) -> None:
+    with pytest.raises(ValueError):
+        ratio_of_medians(ours, theirs)
+
+
+def test_a_quantile_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        quantile([], 0.5)
+
+
+POINTS = st.builds(
+    Point,
+    ranks=st.integers(1, 8),
+    requests=st.sampled_from([0, 64]),
+    in_flight=st.integers(1, 4),
+    interval_ms=st.sampled_from([0.0, 2.5]),
+)
+SAMPLES = st.dictionaries(st.sampled_from(["latency_us", "steps_per_s"]), st.lists(st.integers(0, 10**5).map(float)))
+TURNS = st.builds(
+    Turn,
+    case=st.sampled_from(["steps", "idle"]),
+    point=POINTS,
+    peer=st.sampled_from(list(PEERS)),
+    round=st.integers(0, 9),
+    samples=SAMPLES,
+)
+FAILURES = st.builds(Failure, case=st.just("steps"), point=POINTS, peer=st.just("nccl"), message=st.text())
+
+
+@given(st.lists(TURNS), st.lists(FAILURES))
+def test_results_survive_their_file(
+    tmp_path_factory: pytest.TempPathFactory, turns: list[Turn], failures: list[Failure]
+) -> None:
+    path = tmp_path_factory.mktemp("results") / "run.jsonl"
+    results = read_back(path, [HEADER, *turns, *failures])
+    assert results.header == HEADER
+    assert results.failures == failures
+    kept = {(t.case, t.point, t.peer, t.round): t.samples for t in turns}
+    assert {
+        (case, point, peer, number): samples
+        for (case, point), peers in results.turns.items()
+        for peer, rounds in peers.items()
+        for number, samples in rounds.items()
+    } == kept
+
+
+def read_back(path: Path, lines: list[Line]) -> Results:
+    with path.open("w", encoding="utf-8") as file:
+        writer = Writer(file)
+        for line in lines:
+            writer.add(line)
+    return Results.read(path)
+
+
+def results_of(factor: float) -> Results:
+    def samples(base: float) -> Samples:
+        return {"latency_us": [base, base * 1.5], "steps_per_s": [1e6 / base], "cpu_us_per_step": [0.0]}
+
+    point = Point(2)
+    turns = [
+        Turn("steps", point, peer, number, samples(base * factor * (number + 1)))
+        for number in range(4)
+        for peer, base in (("floor", 100.0), ("nccl", 200.0))
+    ]
+    return Results(HEADER, [*turns, Turn("failure", point, "zeromq", 0, {"failure_ms": [3000.0]})], [])
+
+
+def text_of(*tables: object) -> str:
+    console = Console(width=command.WIDTH, file=io.StringIO())
+    for table in tables:
+        console.print(table)
+    return written(console)
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_tables_show_each_peer_beside_the_reference() -> None:
+    text = text_of(*summary(results_of(1.0)))
+    assert "2 ranks, 64 requests, 1 in flight" in text
+    assert "0.50 [0.50, 0.50]" in text
+    assert "1.00 [1.00, 1.00]" in text
+    assert "not within 3000" in text
+
+
+def test_a_comparison_gives_the_ratio_of_each_metric_and_none_to_zero() -> None:
+    text = text_of(comparison(results_of(1.0), results_of(2.0)))
+    lines = {tuple(line.split()[:2]): line for line in text.splitlines() if line.strip()}
+    assert lines["nccl", "latency_us"].rstrip().endswith("2.00 [2.00, 2.00]")
+    assert lines["floor", "steps_per_s"].rstrip().endswith("0.50 [0.50, 0.50]")
+    assert lines["nccl", "cpu_us_per_step"].rstrip().endswith("-")
+
+
+def test_a_small_run_of_two_peers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = (Point(1, in_flight=2), Point(1, interval_ms=1.0))
+    around = [Part(case, (Point(1),), 1, 0.05) for case in ("idle", "life", "failure")]
+    monkeypatch.setitem(suites.SUITES, "quick", [Part("steps", points, 2, 5), *around])
+    path = tmp_path / "run.jsonl"
+    assert cli.main(["bench", "--peers", "floor", "nccl", "--output", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 rank, 64 requests, every 1 ms" in printed
+    results = Results.read(path)
+    assert results.header.versions["python"]
+    assert set(results.turns) == {*(("steps", point) for point in points), *((part.case, Point(1)) for part in around)}
+    for (case, point), peers in results.turns.items():
+        assert list(peers) == ["floor", "nccl"], (case, point)
+        for rounds in peers.values():
+            for samples in rounds.values():
+                assert samples
+                assert all(value > 0 for values in samples.values() for value in values)
+    for peer in ("floor", "nccl"):
+        assert [len(samples["latency_us"]) for samples in results.turns["steps", points[0]][peer].values()] == [5, 5]
+    assert cli.main(["bench", "--show", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == printed.splitlines()[:-1]
+    assert cli.main(["bench", "--compare", str(path), str(path)]) == 0
+    assert "1.00 [1.00, 1.00]" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(PeerFailed, match=r"^ConfigError: .*local.*$"):
+        Host("local", 2, keeps_running=True)
+
+
+def test_the_others_go_on_without_a_peer_that_fails() -> None:
+    floor = load_peer("floor")
+    lines: list[Line] = []
+    parts = [Part("steps", (Point(2),), 1, 3), Part("life", (Point(2),), 2, 1)]
+    # of `local`, whose limit of one rank is hidden here
+    Harness(parts, {"local": floor, "floor": floor}, lines.append, lambda what, behind: None).run()
+    failures = [line for line in lines if isinstance(line, Failure)]
+    assert [(failure.case, failure.peer) for failure in failures] == [("steps", "local"), ("life", "local")]
+    assert [line.case for line in lines if isinstance(line, Turn) and line.peer == "floor"] == ["steps", "life", "life"]
+
+
+def test_a_missing_peer_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(load_peer("zeromq").needs, "no_such_package", "pip install 'asyncexec[bench]'")
+    peers, missing = command.peers_of(["floor", "zeromq"])
+    assert list(peers) == ["floor"]
+    assert missing == {"zeromq": "no_such_package is not installed: pip install 'asyncexec[bench]'"}
+    head = command.header("quick", [], missing)
+    console = Console(width=command.WIDTH, file=io.StringIO())
+    command.show(Results(head, [], []), console)
+    assert "not measured: zeromq: no_such_package is not installed" in written(console)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "slow"], "asyncexec bench: argument --suite: invalid choice: 'slow'"),
+        (["--peers", "pigeon"], "asyncexec bench: no peer 'pigeon'; valid: floor, floor-codec, local, nccl"),
+        (["--cases", "colour"], "asyncexec bench: no case 'colour'; valid: steps, idle, life, failure"),
+        (["--show", "/nowhere"], "asyncexec bench: /nowhere: No such file or directory"),
+        (["--compare", __file__, __file__], f"asyncexec bench: {__file__}: not a result file: "),
+        (["--compare", "one"], "asyncexec bench: argument --compare: expected 2 arguments"),
+        (["--output", "/nowhere/file"], "asyncexec bench: /nowhere/file: No such file or directory"),
+        (["--show", "a", "--compare", "a", "b"], "asyncexec bench: argument --compare: not allowed with"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = cli.main(["bench", *arguments])
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else 1
+    output, errors = capsys.readouterr()
+    assert status == 2
+    assert output == ""
+    assert errors.startswith(message)
+    assert errors.count("\n") == 1
+
+
+def test_the_figures_in_the_documentation_are_those_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    figures = page.partition("```text\n")[2].partition("```")[0]
+    (path,) = re.findall(r"\(\.\./(benchmarks/results/[^)]+)\)", page)
+    assert cli.main(["bench", "--show", str(ROOT / path)]) == 0
+    shown = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert figures.splitlines() == shown
+
+
+def test_every_peer_and_case_of_a_suite_is_there() -> None:
+    for name in PEERS:
+        assert load_peer(name)(1).ranks == 1
+    for parts in suites.SUITES.values():
+        assert parts
+        command.parts_of("quick", [part.case for part in parts])

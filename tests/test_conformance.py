@@ -12,6 +12,7 @@ from asyncexec import (
     Aggregator,
     ConfigError,
     Executor,
+    ExecutorFailed,
     PayloadError,
     ReplyLost,
     StepTimeout,
@@ -92,9 +93,11 @@ async def test_a_rank_killed_on_schedule_fails_the_executor(ranks_of_their_own: 
             for n in range(200):
                 assert await executor.execute_model(n) == n
 
-        with pytest.raises(WorkerDied) as caught:
+        # which of the two depends on whether the death is noticed within a step or between two
+        with pytest.raises((WorkerDied, ExecutorFailed)):
             await steps()
-        assert caught.value.signal == "SIGKILL"
+        assert isinstance(executor.failure, WorkerDied)
+        assert executor.failure.signal == "SIGKILL"
 
 
 async def test_a_thread_cannot_be_killed() -> None:

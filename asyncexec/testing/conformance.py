@@ -414,6 +414,7 @@ async def _require_no_leak(work: Callable[[], Awaitable[None]], name: str) -> No
 
     Where there is more, the work is done again: what a client library starts once, when it first needs it, is no leak.
     """
+    left: dict[str, tuple[list[str], list[str]]] = {}
     for _ in range(3):
         before = _resources()
         await work()

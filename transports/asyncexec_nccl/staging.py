@@ -9,6 +9,8 @@ import mmap
 import os
 from typing import Any
 
+from asyncexec_nccl.devices import OutOfStep
+
 
 class StagingArea:
     """The driver's half.
@@ -53,10 +55,21 @@ class StagedReader:
 
         On the CPU the tensor lies over the memory itself, and there is no event: it may be overwritten once the call is
         done.  On a GPU, what is computed next waits for the bytes.
+
+        Raises:
+            OutOfStep: they cannot be had, and the other ranks may wait for this one.
         """
-        torch: Any = importlib.import_module("torch")
         if self._device == "cpu":
             return self._mapped(begin + nbytes)[begin : begin + nbytes], None
+        try:
+            return self._to_device(begin, nbytes)
+        except Exception as error:
+            if self._group is None:
+                raise
+            raise OutOfStep from error
+
+    def _to_device(self, begin: int, nbytes: int) -> tuple[Any, Any]:
+        torch: Any = importlib.import_module("torch")
         copied = None
         if self._rank == 0:
             source = self._mapped(begin + nbytes)[begin : begin + nbytes]

@@ -22,7 +22,7 @@ contracts: .venv/.dev
 	$(BIN)/lint-imports
 
 docs: .venv/.dev  ## the site, in build/site; a warning or a dead link fails it
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: .venv/.dev
 	$(BIN)/pytest

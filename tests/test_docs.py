@@ -1,4 +1,4 @@
-"""The documentation's blocks do what they say: programs run, configurations parse, commands exist, links lead somewhere.
+"""The documentation does what it says: programs run, configurations parse, commands exist, links lead somewhere.
 
 A Python block that cannot run alone has `<!-- fragment: why -->` on the line above it: it is compiled, and the reason
 is printed.  A TOML block that is no configuration has `<!-- not a configuration: why -->`.  In a `console` block, what
@@ -197,10 +197,7 @@ def _require_command(words: list[str]) -> None:
         ExecutorConfig.from_environment(variables)
     match Path(program).name:
         case "asyncexec":
-            try:
-                assert cli.main(arguments) == 0
-            except SystemExit as left:
-                assert left.code == 0, f"{arguments} are no arguments of asyncexec"
+            assert _status(arguments) == 0, f"{arguments} are no arguments of asyncexec"
         case "make":
             targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
             assert {word for word in arguments if "=" not in word} <= set(targets)
@@ -216,6 +213,13 @@ def _require_command(words: list[str]) -> None:
             assert arguments == ["install"]
         case other:
             raise AssertionError(f"{other}: say here how to check it")
+
+
+def _status(arguments: list[str]) -> object:
+    try:
+        return cli.main(arguments)
+    except SystemExit as left:
+        return left.code
 
 
 def _split(words: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -47,6 +47,8 @@ ExecutorFactory: TypeAlias = Callable[..., Executor]
 """
 
 Target: TypeAlias = Mapping[str, Any] | ExecutorFactory
+"""What a check is given: an executor's configuration as a dict, or a factory of executors."""
+
 _BOUND = 60.0
 """Seconds that one check may take; what hangs is a failure, not a wait."""
 

@@ -66,10 +66,10 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: stages that the layers are cut into.
         async_scheduling: the engine submits a step before it has seen the step before it.
-        max_concurrent_batches: steps that run at once.  Unless given: the pipeline size, or 2 for one stage with
-            async scheduling (as vLLM's executors define it).
+        max_concurrent_batches: steps that run at once, from 1.  Unless given (0): the pipeline size, or 2 for one stage
+            with async scheduling (as vLLM's executors define it).
         max_queued_steps: further steps that may wait in order; one more raises `ExecutorBusy`.
-        max_frame_bytes: the largest message to or from a rank, out-of-band buffers included.
+        max_frame_bytes: the largest message to or from a rank, in bytes, tensors and arrays included; from 1024.
         aggregator: "first" (the output rank's value), "all" (a list of every rank's), "kv" and "ec" (what connectors
             report, see `asyncexec.connectors`), "module:Class", or several joined by "+".  A table of these by method
             serves methods that differ, those of `collective_rpc` among them; others are "first" for steps, "all" for
@@ -136,12 +136,20 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ExecutorConfig":
-        """Build from plain values, nested as in the struct.  Raises ConfigError naming the key."""
+        """Build from plain values, nested as in the struct.
+
+        Raises:
+            ConfigError: names the key that is unknown or wrong, and what would be valid.
+        """
         return convert(values, cls)
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> "ExecutorConfig":
-        """Read the `[asyncexec]` table of a TOML file, or the whole file where it has none."""
+        """Read the `[asyncexec]` table of a TOML file, or the whole file where it has none.
+
+        Raises:
+            ConfigError: the file cannot be read or is no TOML, or as for `from_dict`; names the file.
+        """
         try:
             document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -154,6 +162,9 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
         Names in capitals throughout are read in small letters, but for those in the tables of a transport's options
         (`ASYNCEXEC_OPTIONS__NCCL__ENVIRONMENT__NCCL_DEBUG=INFO`).
+
+        Raises:
+            ConfigError: as for `from_dict`, also for a variable of that prefix that is no key.
         """
         values: dict[str, Any] = {}
         for variable, text in environment.items():

@@ -1,8 +1,8 @@
 """Aggregators: how the outputs that the ranks report become the one output of a step."""
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from asyncexec.connectors import ECOutputAggregator, KVOutputAggregator
 from asyncexec.errors import ConfigError
@@ -87,6 +87,9 @@ class AllRanks:
 class Chain:
     """Several aggregators on one step: each is given the output that the one before it made.
 
+    One that raises fails the step, as it would alone; the others are called all the same, and those behind it are told
+    that the step has failed.  So put last what must not be lost, such as what connectors report.
+
     Args:
         aggregators: in that order.
     """
@@ -96,24 +99,70 @@ class Chain:
         self.needs_all_ranks = any(aggregator.needs_all_ranks for aggregator in self.aggregators)
 
     def begin(self, ranks: Sequence[int]) -> list[Any]:
-        """Begin with each."""
-        return [aggregator.begin(ranks) for aggregator in self.aggregators]
+        """Begin with each.  An error of one is raised when the step is finished, so that the others get their parts."""
+        partial: list[Any] = []
+        for aggregator in self.aggregators:
+            try:
+                partial.append(aggregator.begin(ranks))
+            except Exception as error:  # noqa: BLE001 - an aggregator may be anybody's code, and raise anything
+                partial.append(_Raised(error))
+        return partial
 
     def add(self, partial: list[Any], rank: int, output: Any) -> None:
         """Give the output to each."""
+        errors = _Errors()
         for aggregator, part in zip(self.aggregators, partial, strict=True):
-            aggregator.add(part, rank, output)
+            if not isinstance(part, _Raised):
+                with errors:
+                    aggregator.add(part, rank, output)
+        errors.reraise()
 
     def finish(self, partial: list[Any], output: Any, failed: bool) -> Any:
         """Hand the output on from one to the next."""
+        errors = _Errors(part.error for part in partial if isinstance(part, _Raised))
         for aggregator, part in zip(self.aggregators, partial, strict=True):
-            output = aggregator.finish(part, output, failed)
+            if not isinstance(part, _Raised):
+                with errors:
+                    output = aggregator.finish(part, output, failed or bool(errors.raised))
+        errors.reraise()
         return output
 
     def rank_lost(self, rank: int) -> None:
         """Tell each."""
+        errors = _Errors()
         for aggregator in self.aggregators:
-            tell_rank_lost(aggregator, rank)
+            with errors:
+                tell_rank_lost(aggregator, rank)
+        errors.reraise()
+
+
+class _Raised(NamedTuple):
+    """In place of the partial result of an aggregator whose `begin` raised."""
+
+    error: Exception
+
+
+class _Errors:
+    """Keeps what is raised within `with`, any number of times, until all that is to be done has been tried."""
+
+    def __init__(self, raised: Iterable[Exception] = ()) -> None:
+        self.raised = list(raised)
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if isinstance(error, Exception):
+            self.raised.append(error)
+        return isinstance(error, Exception)
+
+    def reraise(self) -> None:
+        """Raise the first one, with the others as notes."""
+        if self.raised:
+            first, *others = self.raised
+            for other in others:
+                first.add_note(f"another aggregator raised too: {type(other).__name__}: {other}")
+            raise first
 
 
 def tell_rank_lost(aggregator: Aggregator, rank: int) -> None:
@@ -137,6 +186,10 @@ def make_aggregator(name: str) -> Aggregator:
         ConfigError: there is no such aggregator, it cannot be imported or constructed, or lacks a method.
     """
     parts = [_make_one(part) for part in name.split("+")]
+    if len(parts) > 1 and any(isinstance(part, AllRanks) for part in parts):
+        raise ConfigError(
+            f"aggregator is {name!r}: 'all' makes a list, which cannot be handed on or merged into; valid: 'all' alone"
+        )
     return parts[0] if len(parts) == 1 else Chain(parts)
 
 

@@ -11,7 +11,7 @@ failed, and inputs are never changed.
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
@@ -88,6 +88,7 @@ class _ConnectorAggregator:
         self._width = 0
         self._whole_kind: type | None = None
         self._kind: type = self._report_type
+        self._example: Any = None
         self._fields = self._report_type.__struct_fields__
 
     def begin(self, ranks: Sequence[int]) -> _Reports:
@@ -101,7 +102,7 @@ class _ConnectorAggregator:
 
     def _whole(self, report: Any) -> Any:
         """Learn of what class the reports are; one that lacks attributes, as vLLM's older ones, is filled up."""
-        self._kind, names = type(report), self._report_type.__struct_fields__
+        self._kind, self._example, names = type(report), report, self._report_type.__struct_fields__
         self._fields = tuple(name for name in names if hasattr(report, name))
         if len(self._fields) == len(names):
             self._whole_kind = self._kind
@@ -116,6 +117,7 @@ class _ConnectorAggregator:
                 next step.
         """
         merged = self._held or _Merged()
+        merged.begin_step()
         try:
             if not self._merge(partial, merged) and self._held is None:
                 return output
@@ -132,8 +134,10 @@ class _ConnectorAggregator:
                 f"the output rank returned a {type(carrier).__qualname__}, which has no attribute {self._attribute!r} "
                 f"to carry what the ranks reported; valid: a ModelOutput, an object with that attribute, or None"
             )
+        carrying = _with(carrier, self._attribute, self._report(merged))
         self._held = None
-        return _with(carrier, self._attribute, self._report(merged))
+        self._handed_out(merged)
+        return carrying
 
     def _merge(self, reports: _Reports, merged: "_Merged") -> bool:
         """Add the reports; returns whether there are any."""
@@ -142,11 +146,20 @@ class _ConnectorAggregator:
     def _report(self, merged: "_Merged") -> Any:
         raise NotImplementedError
 
+    def _handed_out(self, merged: "_Merged") -> None:
+        """The report has been made: nothing of it needs to be kept."""
+
     def _make(self, **values: Any) -> Any:
         """A report of the class that the ranks' reports are of."""
         if len(self._fields) < len(values):
             values = {name: values[name] for name in self._fields}
-        return self._kind(**values)
+        try:
+            return self._kind(**values)
+        except TypeError:  # it has attributes of its own: those of a rank's report
+            made = copy.copy(self._example)
+            for name, value in values.items():
+                object.__setattr__(made, name, value)
+            return made
 
 
 class KVOutputAggregator(_ConnectorAggregator):
@@ -173,15 +186,21 @@ class KVOutputAggregator(_ConnectorAggregator):
         if expected_finished_count is not None and expected_finished_count < 1:
             raise ConfigError(f"expected_finished_count is {expected_finished_count}; valid: whole numbers from 1")
         super().__init__(empty_output)
-        self._expected = expected_finished_count
+        self._count = expected_finished_count
         self._lost: set[int] = set()
         self._sending = _Countdown()
         self._recving = _Countdown()
         self._failed_recving: set[str] = set()
 
     def _ranks_change(self, ranks: Sequence[int]) -> None:
-        self._lost -= set(ranks).difference(self._ranks)  # a new rank may have a lost one's number
+        self._lost.clear()  # steps go to ranks that are there; a new one may have a lost one's number
         super()._ranks_change(ranks)
+
+    @property
+    def _expected(self) -> int:
+        """Reports that a new request takes: no more than there are ranks to give them."""
+        there = len(self._ranks) - len(self._lost.intersection(self._ranks))
+        return there if self._count is None else max(1, min(self._count, there))
 
     def add(self, partial: _Reports, rank: int, output: Any) -> None:
         """Keep the rank's report, if it has one."""
@@ -197,14 +216,15 @@ class KVOutputAggregator(_ConnectorAggregator):
         if rank in self._lost:
             return
         self._lost.add(rank)
-        if self._expected is not None:
-            self._expected = max(1, self._expected - 1)
         merged = self._held = self._held or _Merged()
         self._sending.rank_lost(rank, merged.finished_sending)
         self._recving.rank_lost(rank, merged.finished_recving)
 
     def reset(self, request_ids: Iterable[str]) -> None:
-        """These requests were aborted: they will not be reported, though some ranks may still report them."""
+        """These requests were aborted: they will not be reported, though some ranks may still report them.
+
+        One that no rank has reported yet is not known here: if ranks report it after all, it is reported as any other.
+        """
         for request_id in request_ids:
             self._sending.silence(request_id)
             self._recving.silence(request_id)
@@ -228,20 +248,21 @@ class KVOutputAggregator(_ConnectorAggregator):
         return found
 
     def _merge(self, reports: _Reports, merged: "_Merged") -> bool:
-        expected = len(self._ranks) - len(self._lost) if self._expected is None else self._expected
+        expected = self._expected
         rest, found = [], False
         for rank, report in enumerate(reports):
             if report is None or rank in self._lost:
                 continue
             found = True
             if report.expected_finished_count > 0:
-                expected = self._expected = report.expected_finished_count
+                self._count = report.expected_finished_count
+                expected = self._expected
+            if report.failed_recving:  # before they count: a silenced one is forgotten with its last report
+                self._failed_recving |= self._recving.heard(report.failed_recving)
             if report.finished_sending:
                 self._sending.count(rank, report.finished_sending, expected, merged.finished_sending)
             if report.finished_recving:
                 self._recving.count(rank, report.finished_recving, expected, merged.finished_recving)
-            if report.failed_recving:
-                self._failed_recving |= report.failed_recving
             if report.invalid_block_ids:
                 merged.invalid_block_ids |= report.invalid_block_ids
             if report.kv_connector_stats or report.kv_cache_events or report.kv_connector_worker_meta:
@@ -254,18 +275,19 @@ class KVOutputAggregator(_ConnectorAggregator):
         return found
 
     def _report(self, merged: "_Merged") -> Any:
-        failed_recving = self._failed_recving & merged.finished_recving
-        self._failed_recving -= failed_recving
         return self._make(
             finished_sending=merged.finished_sending or None,
             finished_recving=merged.finished_recving or None,
-            failed_recving=failed_recving,
+            failed_recving=self._failed_recving & merged.finished_recving,
             invalid_block_ids=merged.invalid_block_ids,
             kv_connector_stats=merged.stats,
-            kv_cache_events=merged.events,
+            kv_cache_events=merged.all_events,
             kv_connector_worker_meta=merged.worker_meta,
             expected_finished_count=merged.expected,
         )
+
+    def _handed_out(self, merged: "_Merged") -> None:
+        self._failed_recving -= merged.finished_recving
 
 
 class ECOutputAggregator(_ConnectorAggregator):
@@ -341,6 +363,10 @@ class _Countdown:
         if request_id in self._reported:
             self._silent.add(request_id)
 
+    def heard(self, request_ids: Set[str]) -> Set[str]:
+        """Those of the requests that are not silenced."""
+        return request_ids - self._silent if self._silent else request_ids
+
     def waiting(self) -> list[tuple[str, int, list[int]]]:
         """Each request that is waited for, the reports that it takes, and the ranks that have reported."""
         return [(name, entry[0], entry[1:]) for name, entry in self._reported.items() if name not in self._silent]
@@ -366,6 +392,7 @@ class _Merged:
         self.invalid_block_ids: set[int] = set()
         self.stats: Any = None
         self.events: Any = None
+        self.earlier_events: Any = None
         self.worker_meta: Any = None
         self.expected = 0
 
@@ -378,8 +405,23 @@ class _Merged:
             or self.invalid_block_ids
             or self.stats
             or self.events
+            or self.earlier_events
             or self.worker_meta
         )
+
+    def begin_step(self) -> None:
+        """What has been added so far is of an earlier step, which could not report it."""
+        if self.events:
+            self.earlier_events, self.events = self.all_events, None
+
+    @property
+    def all_events(self) -> Any:
+        """The events of this step and of earlier ones.  The workers are the same ones: they are counted once."""
+        if not (self.earlier_events and self.events):
+            return self.events or self.earlier_events
+        together = copy.deepcopy(self.events)
+        together.add_events(self.earlier_events.get_all_events())
+        return together
 
     def add_stats(self, stats: Any) -> None:
         """Merge a rank's statistics, if it has any."""
@@ -392,7 +434,7 @@ class _Merged:
             self.worker_meta = _aggregated(self.worker_meta, worker_meta)
 
     def add_events(self, events: Any) -> None:
-        """Add a rank's events, if it has any."""
+        """Add a rank's events of this step, if it has any."""
         if not events:
             return
         if not self.events:
@@ -426,4 +468,5 @@ def _with(output: Any, attribute: str, value: Any) -> Any:
 def _is_all_in_dict(kind: type) -> bool:
     """Whether a class keeps everything in `__dict__`, and copies in the ordinary way."""
     own = {"__slots__", "__copy__", "__getstate__", "__reduce__", "__reduce_ex__"}
-    return kind.__dictoffset__ != 0 and not any(own & base.__dict__.keys() for base in kind.__mro__[:-1])
+    is_plain = kind.__dictoffset__ != 0 and all("__new__" not in vars(base) for base in kind.__mro__[:-1])
+    return is_plain and not any(own & base.__dict__.keys() for base in kind.__mro__[:-1])

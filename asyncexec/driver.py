@@ -365,9 +365,10 @@ class Driver(Executor):
         limit = self._config.timeouts.for_method(name, step=False) if timeout is None else timeout
         submitted = time.monotonic_ns()
         frame = self._encode(name, method, args, kwargs or {})
-        aggregator = aggregate or (self._aggregators.get(name, _ALL) if name not in STEP_METHODS else _ALL)
-        results = await self._submit(frame, name, targets, aggregator, limit, submitted=submitted)
-        if aggregator is _ALL and ranks is not None:
+        if aggregate is None:
+            aggregate = self._aggregators.get(name, _ALL) if name not in STEP_METHODS else _ALL
+        results = await self._submit(frame, name, targets, aggregate, limit, submitted=submitted)
+        if aggregate is _ALL and ranks is not None:
             by_rank = dict(zip(sorted(targets), results, strict=True))
             return [by_rank[rank] for rank in targets]
         return results

@@ -1,5 +1,6 @@
 """What connectors report is merged over ranks and steps: against a reference, vLLM's rules, and by single cases."""
 
+import contextlib
 import copy
 import dataclasses
 import random
@@ -199,10 +200,10 @@ class Reference:
                 continue
             if report.expected_finished_count:
                 self.expected = report.expected_finished_count
+            self.failures |= {one for one in report.failed_recving if ("recving", one) not in self.aborted}
             for direction, requests in (("sending", report.finished_sending), ("recving", report.finished_recving)):
                 for request in sorted(requests or ()):
                     self.report(direction, request, rank, said)
-            self.failures |= report.failed_recving
             said["invalid"] |= report.invalid_block_ids
             said["stats"] += [report.kv_connector_stats] if report.kv_connector_stats else []
             said["meta"] += [report.kv_connector_worker_meta] if report.kv_connector_worker_meta else []
@@ -210,7 +211,8 @@ class Reference:
         return said
 
     def report(self, direction: str, request: str, rank: int, said: Outcome) -> None:
-        needed = self.expected if self.expected is not None else self.ranks - len(self.gone)
+        there = self.ranks - len(self.gone)
+        needed = there if self.expected is None else max(1, min(self.expected, there))
         tally = self.tallies.setdefault((direction, request), ([needed], []))
         tally[1].append(rank)
         self.settle(direction, request, said)
@@ -233,9 +235,9 @@ class Reference:
         self.failures -= together["failed"]
         for name in ("stats", "meta"):
             together[name] = [n for said in everything for numbers in said[name] for n in numbers.numbers]
-        events = [event for said in everything for event in said["events"]]
-        counts: Counter[str] = sum((event.counts for event in events), Counter())
-        together["events"] = (counts, len(events)) if events else None
+        events = [said["events"] for said in everything if said["events"]]
+        counts: Counter[str] = sum((event.counts for step in events for event in step), Counter())
+        together["events"] = (counts, len(events[-1])) if events else None  # the workers of every step are the same
         return {name: value for name, value in together.items() if value}
 
     def abort(self, request: str) -> None:
@@ -248,8 +250,6 @@ class Reference:
 
     def lose(self, rank: int) -> None:
         self.gone.add(rank)
-        if self.expected is not None:
-            self.expected = max(1, self.expected - 1)
         said: Outcome = {"sending": set(), "recving": set(), "invalid": set(), "stats": [], "meta": [], "events": []}
         for direction, request in list(self.tallies):
             needed, reporters = self.tallies[direction, request]
@@ -483,3 +483,122 @@ def test_a_chain_may_begin_with_any_aggregator() -> None:
     assert not make_aggregator("first+first").needs_all_ranks
     with pytest.raises(ConfigError, match="aggregator is ''"):
         make_aggregator("kv+")
+
+
+@pytest.mark.parametrize("expected", [None, 4])
+def test_layouts_that_shrink_and_grow(expected: int | None) -> None:
+    aggregator = KVOutputAggregator(expected)
+    merge(aggregator, [ModelOutput()] * 4)
+    for rank in (2, 3):
+        aggregator.rank_lost(rank)
+    assert merge(aggregator, [sent("a"), ModelOutput()]).kv_connector_output.finished_sending is None
+    assert merge(aggregator, [ModelOutput(), sent("a")]).kv_connector_output.finished_sending == {"a"}
+    for rank in (2, 3):
+        aggregator.rank_lost(rank)
+    assert merge(aggregator, [sent("b"), sent("b"), None, None]).kv_connector_output.finished_sending is None
+    told = merge(aggregator, [None, None, sent("b", invalid_block_ids={7}), sent("b")]).kv_connector_output
+    assert (told.finished_sending, told.invalid_block_ids) == ({"b"}, {7})
+
+
+def test_a_failed_receive_of_an_aborted_request_is_forgotten() -> None:
+    def received(**more: Any) -> ModelOutput:
+        return ModelOutput(kv_connector_output=KVConnectorOutput(finished_recving={"a"}, **more))
+
+    aggregator = KVOutputAggregator()
+    merge(aggregator, [received(), ModelOutput()])
+    aggregator.reset(["a"])
+    merge(aggregator, [ModelOutput(), received(failed_recving={"a"})])
+    told = merge(aggregator, [received(), received()]).kv_connector_output
+    assert (told.finished_recving, told.failed_recving) == ({"a"}, set())
+
+
+def test_events_of_a_failed_step_are_of_the_same_workers() -> None:
+    aggregator = KVOutputAggregator()
+    for failed in (True, True, False):
+        outputs = [
+            ModelOutput(kv_connector_output=KVConnectorOutput(kv_cache_events=Events(Counter("e")))) for _ in range(2)
+        ]
+        merged = merge(aggregator, outputs, failed=failed)
+    assert merged.kv_connector_output.kv_cache_events.counts == Counter("eeeeee")
+    assert merged.kv_connector_output.kv_cache_events.workers == 2
+
+
+class DictOutput(dict[str, Any]):
+    """Is made by a constructor that is not `object`'s."""
+
+    kv_connector_output: Any = None
+
+
+@dataclasses.dataclass
+class OwnReport:
+    """Has more than the attributes that are known, and needs it."""
+
+    extra: int
+    finished_sending: set[str] | None = None
+    finished_recving: set[str] | None = None
+    failed_recving: set[str] = dataclasses.field(default_factory=set)
+    invalid_block_ids: set[int] = dataclasses.field(default_factory=set)
+    kv_connector_stats: Any = None
+    kv_cache_events: Any = None
+    kv_connector_worker_meta: Any = None
+    expected_finished_count: int = 0
+
+
+def test_outputs_and_reports_of_any_class() -> None:
+    aggregator = KVOutputAggregator(1)
+    merged = merge(aggregator, [DictOutput(a=1), sent("a")])
+    assert merged == {"a": 1}
+    assert merged.kv_connector_output.finished_sending == {"a"}
+    output, reports = ModelOutput(), [OwnReport(5, {"c"}), OwnReport(6)]
+    partial = aggregator.begin(range(2))
+    for rank, report in enumerate(reports):
+        aggregator.add(partial, rank, ModelOutput(kv_connector_output=report))
+    told = aggregator.finish(partial, output, False).kv_connector_output
+    assert isinstance(told, OwnReport)
+    assert told.finished_sending == {"c"}
+    assert reports[0].finished_sending == {"c"}
+
+
+class Stubborn:
+    """Raises in the method of this name."""
+
+    needs_all_ranks = True
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+
+    def begin(self, ranks: Sequence[int]) -> None:
+        self._raise("begin")
+
+    def add(self, partial: None, rank: int, output: Any) -> None:
+        self._raise("add")
+
+    def finish(self, partial: None, output: Any, failed: bool) -> Any:
+        self._raise("finish")
+        return output
+
+    def _raise(self, method: str) -> None:
+        if method == self._method:
+            raise RuntimeError(f"no {method}")
+
+
+@pytest.mark.parametrize("method", ["begin", "add", "finish"])
+def test_an_aggregator_that_raises_does_not_take_the_others_reports_with_it(method: str) -> None:
+    kv = KVOutputAggregator()
+    chain, outputs = Chain([Stubborn(method), kv]), [sent("a", invalid_block_ids={5}), sent("a")]
+    partial, failed = chain.begin(range(2)), False
+    for rank, output in enumerate(outputs):
+        try:
+            chain.add(partial, rank, output)
+        except RuntimeError:
+            failed = True  # so does a step
+    with contextlib.nullcontext() if failed else pytest.raises(RuntimeError, match=f"no {method}"):
+        chain.finish(partial, outputs[0], failed)
+    told = merge(kv, [ModelOutput()] * 2).kv_connector_output
+    assert (told.finished_sending, told.invalid_block_ids) == ({"a"}, {5})
+
+
+@pytest.mark.parametrize("name", ["all+kv", "kv+all", "first+all"])
+def test_a_list_of_all_outputs_is_no_part_of_a_chain(name: str) -> None:
+    with pytest.raises(ConfigError, match="valid: 'all' alone"):
+        make_aggregator(name)

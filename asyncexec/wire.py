@@ -54,6 +54,8 @@ class FrameKind(enum.IntEnum):
     """A rank's side thread to the driver: this."""
     DONE = 9
     """Rank to driver: the method ran, and its output is not wanted; sent only where the call asks for it."""
+    PIECE = 10
+    """Between the halves of a transport: a part of the next frame lies in memory that they share."""
 
 
 _KINDS = {int(kind): kind for kind in FrameKind}

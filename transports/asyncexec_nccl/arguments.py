@@ -11,7 +11,6 @@ for that, and nobody is told.  Where there is no room, a buffer goes beside its 
 import asyncio
 import collections
 import struct
-import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
@@ -21,14 +20,15 @@ import msgspec
 from asyncexec.errors import WireError
 from asyncexec.wire import Buffer, Frame, FrameKind
 from asyncexec_nccl.arena import Arena, Region
+from asyncexec_nccl.buffer_store import BufferStore
 from asyncexec_nccl.shared_memory import RankMemory, SharedMemory
 from asyncexec_nccl.stream import DriverStream
 
 LARGE = 1 << 16
 """Bytes from which a buffer is worth it: measured by benchmarks/large_payloads.py."""
 
-PIECE = 1 << 22
-"""Bytes that are copied before the ranks are told, and in one turn of the driver's loop: some 0.2 ms."""
+PIECE = 1 << 21
+"""Bytes that are copied before the ranks are told, and in one turn of the driver's loop: some 0.1 ms."""
 
 _WORDS = 1 << 16
 """Bytes before the arena: one unsigned number of 8 bytes for each rank, the last region that it has copied."""
@@ -223,43 +223,6 @@ class _Growing(msgspec.Struct):
 
     memory: memoryview
     filled: int
-
-
-class BufferStore:
-    """Memory for buffers, used again once nobody has it any more: memory that is new to a process is touched page by
-    page, which costs several times the copy.
-
-    Args:
-        capacity: bytes that are kept at most.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._kept: list[bytearray] = []  # the one given out last is the last
-
-    def take(self, nbytes: int) -> memoryview:
-        """Memory of this size, with anything in it."""
-        for index, size in enumerate(map(len, self._kept)):
-            if nbytes <= size <= nbytes + nbytes // 4 and _is_unused(self._kept, index):
-                self._kept.append(self._kept.pop(index))
-                return memoryview(self._kept[-1])[:nbytes]
-        memory = bytearray(nbytes)
-        self._kept.append(memory)
-        while sum(map(len, self._kept)) > self._capacity:
-            del self._kept[0]
-        return memoryview(memory)
-
-
-def _references(kept: list[bytearray], index: int) -> int:
-    return sys.getrefcount(kept[index])
-
-
-_UNUSED = _references([bytearray(1)], 0)
-
-
-def _is_unused(kept: list[bytearray], index: int) -> bool:
-    """Whether the list alone has it: every view of a bytearray, and what lies over one, has a reference to it."""
-    return _references(kept, index) == _UNUSED
 
 
 def _is_large(buffer: Buffer) -> bool:

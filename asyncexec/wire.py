@@ -17,6 +17,19 @@ from asyncexec.errors import WireError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
+
+class Buffers(list[Buffer]):
+    """Memory to send beside a message.
+
+    Attributes:
+        tensors: which of it, by index, is a tensor's: a transport may put that on the rank's device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: set[int] = set()
+
+
 MAGIC = 0xAE5C
 VERSION = 1
 ALL_RANKS = -1

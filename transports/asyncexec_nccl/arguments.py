@@ -4,34 +4,54 @@ The driver copies a buffer there piece by piece.  After each piece it tells the 
 wait on anyway, so that they copy one piece out while it writes the next.  Then the frame follows with the buffers that
 are small.  What a rank gets is memory of its own: the worker may write to it, and keep it.
 
+Tensors may be wanted on the ranks' devices.  Where all ranks get one, on GPUs, rank 0 copies it from the shared memory,
+which it has pinned, to its GPU, and broadcasts it by NCCL.
+
 How far each rank has come it writes into the shared memory, where the driver looks before it allocates: nobody waits
 for that, and nobody is told.  Where there is no room, a buffer goes beside its frame over the sockets.
 """
 
 import asyncio
 import collections
+import enum
+import importlib
 import struct
 import threading
-from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Generator, Mapping
+from typing import Any, NamedTuple
 
 import msgspec
 
 from asyncexec.errors import WireError
-from asyncexec.wire import Buffer, Frame, FrameKind
+from asyncexec.wire import Buffer, Buffers, Frame, FrameKind
 from asyncexec_nccl.arena import Arena, Region
 from asyncexec_nccl.buffer_store import BufferStore
 from asyncexec_nccl.shared_memory import RankMemory, SharedMemory
+from asyncexec_nccl.staging import StagedReader
 from asyncexec_nccl.stream import DriverStream
 
 LARGE = 1 << 16
 """Bytes from which a buffer is worth it: measured by benchmarks/large_payloads.py."""
+
+ON_DEVICE = 1 << 20
+"""Bytes from which a tensor is put on the ranks' devices, where that is wanted."""
 
 PIECE = 1 << 21
 """Bytes that are copied before the ranks are told, and in one turn of the driver's loop: some 0.1 ms."""
 
 _WORDS = 1 << 16
 """Bytes before the arena: one unsigned number of 8 bytes for each rank, the last region that it has copied."""
+
+
+class Target(enum.IntEnum):
+    """Where a buffer is to be on the ranks."""
+
+    HOST = 0
+    """In host memory."""
+    DEVICE = 1
+    """On the rank's device, copied there by each rank."""
+    BROADCAST = 2
+    """On the rank's device, copied there by rank 0 and broadcast to the others; the buffer is one piece."""
 
 
 class Piece(NamedTuple):
@@ -43,7 +63,8 @@ class Piece(NamedTuple):
         begin: of the region in the arena.
         nbytes: of the whole buffer.
         at: where in the buffer the piece begins; pieces come in order.
-        size: of the piece.
+        size: of the piece; 0 where the buffer comes beside the frame, and is to be on the device.
+        target: where the buffer is to be, see `Target`.
     """
 
     number: int
@@ -52,6 +73,7 @@ class Piece(NamedTuple):
     nbytes: int
     at: int
     size: int
+    target: int = Target.HOST
 
     @classmethod
     def unpack(cls, body: Buffer) -> "Piece":
@@ -65,7 +87,7 @@ class Piece(NamedTuple):
         return _PIECE.pack(*self)
 
 
-_PIECE = struct.Struct("<6Q")
+_PIECE = struct.Struct("<7Q")
 
 
 class ArgumentSender:
@@ -74,16 +96,18 @@ class ArgumentSender:
     Args:
         loop: the event loop on which everything is done.
         capacity: bytes that may be in use at once; 0 leaves everything to the sockets.
+        to_device: whether large tensors in calls are to be on the ranks' devices.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, capacity: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, capacity: int, to_device: bool = False) -> None:
         self._loop = loop
+        self._to_device = to_device
         self._shared = SharedMemory("asyncexec-arguments")
         memory = self._shared.memory(_WORDS + capacity)  # addresses alone, until it is written to
         self._copied_by_rank, self._memory = memory[:_WORDS].cast("Q"), memory[_WORDS:]
         self._arena = Arena(capacity)
-        self._waiting: collections.deque[tuple[Frame, Mapping[int, DriverStream]]] = collections.deque()
-        self._work: Iterator[None] = iter(())
+        self._waiting: collections.deque[tuple[Frame, Mapping[int, DriverStream], bool]] = collections.deque()
+        self._work = self._send_all()
         self._next_turn: asyncio.Handle | None = None
         self._copied = 0  # in this turn of the loop
 
@@ -94,11 +118,17 @@ class ArgumentSender:
 
     def takes(self, frame: Frame) -> bool:
         """Whether a frame is to be sent here: it has a large buffer, or one that has is not written yet."""
-        return bool(self._waiting) or any(_is_large(buffer) for buffer in frame.buffers)
+        return bool(self._waiting or (frame.buffers and any(map(_is_large, frame.buffers))))
 
-    def send(self, frame: Frame, streams: Mapping[int, DriverStream]) -> None:
-        """Send a frame to ranks, in order behind what was sent here before."""
-        self._waiting.append((frame, streams))
+    def send(self, frame: Frame, streams: Mapping[int, DriverStream], to_all: bool = False) -> None:
+        """Send a frame to ranks, in order behind what was sent here before.
+
+        Args:
+            frame: see above.
+            streams: of the ranks, by their numbers.
+            to_all: whether these are all ranks there are, so that they can broadcast.
+        """
+        self._waiting.append((frame, streams, to_all))
         if self._next_turn is None:
             self._work = self._send_all()
             self._go_on()
@@ -112,6 +142,9 @@ class ArgumentSender:
         if self._next_turn is not None:
             self._next_turn.cancel()
         self._waiting.clear()
+        self._work.close()
+        for view in (self._copied_by_rank, self._memory):
+            view.release()  # the mapping ends with the last view
         self._shared.close()
 
     def _go_on(self) -> None:
@@ -120,39 +153,52 @@ class ArgumentSender:
             self._next_turn = self._loop.call_soon(self._go_on)
             return
 
-    def _send_all(self) -> Iterator[None]:
+    def _send_all(self) -> Generator[None, None, None]:
         """Write what waits; yields where the loop should have a turn."""
         while self._waiting:
-            frame, streams = self._waiting[0]  # it stays there meanwhile: what is sent then waits behind it
-            yield from self._send_one(frame, streams)
+            frame, streams, to_all = self._waiting[0]  # it stays there meanwhile: what is sent then waits behind it
+            yield from self._send_one(frame, streams, to_all)
             self._waiting.popleft()
 
-    def _send_one(self, frame: Frame, streams: Mapping[int, DriverStream]) -> Iterator[None]:
+    def _send_one(self, frame: Frame, streams: Mapping[int, DriverStream], to_all: bool) -> Generator[None, None, None]:
         beside: list[Buffer] = []
         told = bytearray()
-        for index, buffer in enumerate(frame.buffers):
-            region = self._allocate(buffer, streams) if _is_large(buffer) else None
+        for place, buffer in enumerate(frame.buffers):
+            nbytes = memoryview(buffer).nbytes
+            target = self._target(frame, place, nbytes, to_all)
+            region = self._allocate(nbytes, streams) if nbytes >= LARGE else None
             if region is None:
                 beside.append(buffer)
+                if target is not Target.HOST:
+                    told += _told(Piece(0, place, 0, 0, 0, 0, Target.DEVICE))
                 continue
-            source, target = memoryview(buffer).cast("B"), self._memory[region.begin :]
-            for at in range(0, len(source), PIECE):
+            source, memory = memoryview(buffer).cast("B"), self._memory[region.begin :]
+            for at in range(0, nbytes, PIECE):
                 if self._copied >= PIECE:
                     _write([told], streams)
                     told = bytearray()
                     yield
-                size = min(PIECE, len(source) - at)
-                target[at : at + size] = source[at : at + size]
+                size = min(PIECE, nbytes - at)
+                memory[at : at + size] = source[at : at + size]
                 self._copied += size
-                piece = Piece(region.number, index, region.begin, len(source), at, size)
-                told += Frame(FrameKind.PIECE, body=piece.pack()).pack()[0]
+                if target is not Target.BROADCAST:
+                    told += _told(Piece(region.number, place, region.begin, nbytes, at, size, target))
+            if target is Target.BROADCAST:
+                told += _told(Piece(region.number, place, region.begin, nbytes, 0, nbytes, target))
         head, *pieces = msgspec.structs.replace(frame, buffers=beside).pack()
         _write([told + head, *pieces], streams)
 
-    def _allocate(self, buffer: Buffer, streams: Mapping[int, DriverStream]) -> Region | None:
+    def _target(self, frame: Frame, place: int, nbytes: int, to_all: bool) -> Target:
+        if not self._to_device or frame.kind is not FrameKind.CALL or nbytes < ON_DEVICE:
+            return Target.HOST
+        if not isinstance(frame.buffers, Buffers) or place not in frame.buffers.tensors:
+            return Target.HOST
+        return Target.BROADCAST if to_all else Target.DEVICE
+
+    def _allocate(self, nbytes: int, streams: Mapping[int, DriverStream]) -> Region | None:
         self._arena.reclaim(self._copied_by_rank)
         ranks = [rank for rank, stream in streams.items() if not stream.ended]
-        return self._arena.allocate(memoryview(buffer).nbytes, ranks)
+        return self._arena.allocate(nbytes, ranks)
 
 
 class ArgumentReceiver:
@@ -171,58 +217,103 @@ class ArgumentReceiver:
         self._rank = rank
         self._max_frame_bytes = max_frame_bytes
         self._buffers: dict[int, _Growing] = {}
+        self._for_device: set[int] = set()
         self._store = BufferStore(capacity)
+        self.place_on("cpu", None)
         self._fence = threading.Lock()
         self._fence.acquire()
+
+    def place_on(self, device: str, group: Any) -> None:
+        """From now on this is the rank's device, and `group` all ranks' process group; see `StagedReader`."""
+        self._device = device
+        self._staged = StagedReader(self._shared, device, self._rank, group)
+
+    def leave(self) -> None:
+        """Use the process group no longer."""
+        self._staged.close()
 
     def take(self, frame: Frame) -> None:
         """Copy a piece out.  Raises WireError where it is not where it may be."""
         piece = Piece.unpack(frame.body)
+        if piece.target != Target.HOST:
+            self._for_device.add(piece.place)
+        if piece.size == 0:
+            return
         growing = self._buffers.get(piece.place)
         if growing is None:
             self._refuse_oversize(piece)
-            growing = self._buffers[piece.place] = _Growing(self._store.take(piece.nbytes), 0)
+            whole = piece.target == Target.BROADCAST
+            memory = memoryview(b"") if whole else self._store.take(piece.nbytes)
+            growing = self._buffers[piece.place] = _Growing(memory, piece.nbytes)
         end = piece.at + piece.size
-        if piece.at != growing.filled or end > len(growing.memory) or piece.begin + end > self._capacity:
+        if piece.at != growing.filled or end > growing.nbytes or piece.begin + end > self._capacity:
             raise WireError(
-                f"{piece} does not fit: {growing.filled} of {len(growing.memory)} bytes are there, "
+                f"{piece} does not fit: {growing.filled} of {growing.nbytes} bytes are there, "
                 f"and the arena has {self._capacity}"
             )
-        shared = memoryview(self._shared.mapped(_WORDS + self._capacity))
-        begin = _WORDS + piece.begin
-        growing.memory[piece.at : end] = shared[begin + piece.at : begin + end]
+        if piece.target == Target.BROADCAST:
+            growing.memory = self._read_together(piece)
+        else:
+            shared = memoryview(self._shared.mapped(_WORDS + self._capacity))[_WORDS + piece.begin :]
+            growing.memory[piece.at : end] = shared[piece.at : end]
         growing.filled = end
-        if end == len(growing.memory):
-            # all that was read has been, for other cores too, before the driver may learn of it (release, then acquire)
-            self._fence.release()
-            self._fence.acquire()
-            shared[:_WORDS].cast("Q")[self._rank] = piece.number
+        if end == growing.nbytes:
+            self._copied(piece.number)
 
     def complete(self, frame: Frame) -> Frame:
         """The frame that the pieces belong to, with all its buffers.  Raises WireError where they are not whole."""
-        if self._buffers:
-            buffers = list(frame.buffers)
-            for index, growing in sorted(self._buffers.items()):
-                if growing.filled < len(growing.memory) or index > len(buffers):
-                    raise WireError(
-                        f"buffer {index} of {frame.kind.name} {frame.call_id} is not whole, or too far behind"
-                    )
-                buffers.insert(index, growing.memory)
-            frame.buffers = buffers
-            self._buffers = {}
+        if not self._buffers and not self._for_device:
+            return frame
+        buffers: list[Any] = list(frame.buffers)
+        for place, growing in sorted(self._buffers.items()):
+            if growing.filled < growing.nbytes or place > len(buffers):
+                raise WireError(f"buffer {place} of {frame.kind.name} {frame.call_id} is not whole, or too far behind")
+            buffers.insert(place, growing.memory)
+        for place in self._for_device:
+            torch: Any = importlib.import_module("torch")
+            memory = buffers[place]
+            if not isinstance(memory, torch.Tensor):
+                buffers[place] = torch.frombuffer(memory, dtype=torch.uint8).to(self._device)
+        frame.buffers = buffers
+        self._buffers, self._for_device = {}, set()
         return frame
 
+    def _read_together(self, piece: Piece) -> Any:
+        """A whole buffer on the device, which all ranks read at the same place in the order of their calls."""
+        tensor, copied = self._staged.read(_WORDS + piece.begin, piece.nbytes)
+        if copied is not None:
+            copied.synchronize()  # asleep, for as long as a copy from pinned memory takes
+        return tensor.clone() if self._device == "cpu" else tensor
+
+    def _copied(self, number: int) -> None:
+        """Have the driver know that this rank has copied a region."""
+        # all that was read has been, for other cores too, before the driver may learn of it (release, then acquire)
+        self._fence.release()
+        self._fence.acquire()
+        memoryview(self._shared.mapped(_WORDS + self._capacity))[:_WORDS].cast("Q")[self._rank] = number
+
     def _refuse_oversize(self, piece: Piece) -> None:
-        size = sum(len(growing.memory) for growing in self._buffers.values()) + piece.nbytes
+        size = sum(growing.nbytes for growing in self._buffers.values()) + piece.nbytes
         if size > self._max_frame_bytes:
             raise WireError(f"the next frame announces {size} bytes; max_frame_bytes is {self._max_frame_bytes}")
 
 
 class _Growing(msgspec.Struct):
-    """A buffer that is being copied out, and how many bytes of it are there."""
+    """A buffer that is being copied out.
 
-    memory: memoryview
-    filled: int
+    Attributes:
+        memory: where to; a tensor of bytes where it is on the device.
+        nbytes: of the whole.
+        filled: how many of them are there.
+    """
+
+    memory: Any
+    nbytes: int
+    filled: int = 0
+
+
+def _told(piece: Piece) -> bytes:
+    return bytes(Frame(FrameKind.PIECE, body=piece.pack()).pack()[0])
 
 
 def _is_large(buffer: Buffer) -> bool:

@@ -118,6 +118,7 @@ class _SocketLink(RankLink):
         """Make the ways to the neighbouring stages: by NCCL where there are pairs, else through host memory."""
         limit = self._launch.max_frame_bytes
         self._staged = StagedReader(self._staging, device, self._launch.rank, self._groups.world)
+        self._arguments.place_on(device, self._groups.world)
         side = None if pairs.previous is None and pairs.next is None else SideStream(device)
         if joints.previous is not None:
             stream = self._open(joints.previous)
@@ -166,6 +167,7 @@ class _SocketLink(RankLink):
     def leave(self) -> None:
         leave_groups(self._groups)
         self._staged.close()  # unpinning may wait for the GPU, which waits for nobody any more
+        self._arguments.leave()
         self._groups = ProcessGroups()
         if self._previous is not None:
             self._previous.close()

@@ -1,7 +1,7 @@
 """Host memory that the driver fills and every rank can read: the way of large tensors that all ranks get.
 
-On GPUs rank 0 alone reads it, by copies from
-pinned memory on a stream of their own; the others get the bytes from rank 0's GPU by a broadcast of NCCL.
+On GPUs rank 0 alone reads it, by copies from pinned memory on a stream of their own; the others get the bytes from
+rank 0's GPU by a broadcast of NCCL.
 """
 
 import importlib
@@ -70,6 +70,6 @@ class StagedReader:
             if self._device != "cpu":
                 status = torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), len(mapped), 0)
                 if int(status) != 0:
-                    raise MemoryError(f"{len(mapped)} bytes of staging memory cannot be pinned: CUDA error {status}")
+                    raise MemoryError(f"{len(mapped)} bytes of shared memory cannot be pinned: CUDA error {status}")
                 self._copying = torch.cuda.Stream(self._device)
         return self._bytes

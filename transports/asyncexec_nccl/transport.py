@@ -48,12 +48,15 @@ class NcclOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         shared_memory_bytes: of memory shared with the ranks, for large arguments on their way; what does not fit goes
             over the sockets.  It takes room as it is used.  A rank keeps as much at most of what it received, to use it
             again.  0 shares none.
+        input_device: where tensors of 1 MiB and more among the arguments of calls arrive: "cpu", or "rank", the rank's
+            own device (`RankContext.device`).
     """
 
     backend: Literal["auto", "nccl", "gloo", "none"] = "auto"
     environment: dict[str, str] = {}
     devices: list[int] | None = None
     shared_memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 27
+    input_device: Literal["cpu", "rank"] = "cpu"
 
 
 class NcclTransport(Transport):
@@ -84,7 +87,8 @@ class NcclTransport(Transport):
         size = config.tensor_parallel_size
         staging = self._staging = self._staging or SharedMemory("asyncexec-staging")
         if self._arguments is None:
-            self._arguments = ArgumentSender(asyncio.get_running_loop(), self.options.shared_memory_bytes)
+            to_device = self.options.input_device == "rank"
+            self._arguments = ArgumentSender(asyncio.get_running_loop(), self.options.shared_memory_bytes, to_device)
         shared = staging.descriptor, self._arguments.descriptor
         with contextlib.ExitStack() as stack:
             store = os.memfd_create("asyncexec-store")
@@ -101,7 +105,8 @@ class NcclTransport(Transport):
     def send(self, frame: Frame, ranks: Sequence[int]) -> None:
         """Write the frame to each rank's socket, encoded once; what is large beside it into shared memory."""
         if self._arguments is not None and self._arguments.takes(frame):
-            self._arguments.send(frame, {rank: self._ranks[rank].stream for rank in ranks})
+            to_all = len(ranks) == self.config.world_size
+            self._arguments.send(frame, {rank: self._ranks[rank].stream for rank in ranks}, to_all)
             return
         pieces = frame.pack()
         for rank in ranks:

@@ -1,11 +1,13 @@
 """Large arguments on `nccl`: through shared memory, and over the sockets where that has no room."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -15,9 +17,9 @@ import torch
 import workers
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from asyncexec import ConfigError, ReconfigureDistributedRequest, WorkerDied, create_executor
+from asyncexec import ConfigError, ExecutorClosed, ReconfigureDistributedRequest, WorkerDied, create_executor
 from asyncexec.errors import WireError
-from asyncexec.wire import Frame, FrameKind
+from asyncexec.wire import Buffers, Frame, FrameKind
 from asyncexec_nccl import arguments
 from asyncexec_nccl.arena import Arena, Region
 from asyncexec_nccl.arguments import ArgumentReceiver, ArgumentSender, Piece
@@ -133,9 +135,9 @@ def test_what_nobody_has_any_more_is_used_again() -> None:
 class Way:
     """A driver's half, and a rank's half for each of some ranks; `raw` frames are those on the sockets."""
 
-    def __init__(self, capacity: int, ranks: int = 2) -> None:
+    def __init__(self, capacity: int, ranks: int = 2, to_device: bool = False) -> None:
         loop = asyncio.get_running_loop()
-        self.sender = ArgumentSender(loop, capacity)
+        self.sender = ArgumentSender(loop, capacity, to_device)
         pairs = [socket.socketpair() for _ in range(ranks)]
         self.streams = {
             rank: DriverStream(loop, ours, MIB, lambda frame: None, lambda error: None)
@@ -150,7 +152,7 @@ class Way:
     def send(self, frame: Frame, ranks: list[int] | None = None) -> None:
         streams = {rank: self.streams[rank] for rank in (self.streams if ranks is None else ranks)}
         if self.sender.takes(frame):
-            self.sender.send(frame, streams)
+            self.sender.send(frame, streams, len(streams) == len(self.streams))
         else:
             for stream in streams.values():
                 stream.send(frame.pack())
@@ -249,6 +251,30 @@ async def test_a_rank_that_is_gone_is_not_waited_for(way_of: Callable[..., Way])
     assert way.beside[0] == []
 
 
+@pytest.mark.parametrize("capacity", [0, 3 * MIB // 2, 10 * MIB])
+@pytest.mark.parametrize("ranks", [[0, 1], [1]])
+async def test_what_is_a_large_tensors_arrives_as_a_tensor(
+    way_of: Callable[..., Way], ranks: list[int], capacity: int
+) -> None:
+    way = way_of(capacity, 2, True)
+    sent = call(1, MIB, 70_000, MIB + 4, 5, MIB)
+    sent.buffers, memory = Buffers(), sent.buffers
+    sent.buffers += memory
+    sent.buffers.tensors |= {0, 1, 2, 3}
+    start = Frame(FrameKind.START, 2, body=b"body", buffers=sent.buffers)
+    way.send(sent, ranks)
+    way.send(start, ranks)
+    way.send(call(3), ranks)
+    for rank in ranks:
+        received = await way.receive(rank)
+        came: list[Any] = list(received.buffers)
+        assert [isinstance(one, torch.Tensor) for one in came] == [True, False, True, False, False]
+        received.buffers = [bytes(np.asarray(one)) for one in came]
+        require_same(received, sent)
+        require_same(await way.receive(rank), start)
+        require_same(await way.receive(rank), call(3))
+
+
 async def test_without_shared_memory_everything_goes_over_the_sockets(way_of: Callable[..., Way]) -> None:
     way = way_of(0)
     way.send(sent := call(1, MIB))
@@ -307,8 +333,8 @@ async def test_memory_that_is_too_small_is_refused() -> None:
         os.close(descriptor)
 
 
-def config(ranks: int = 2, shared: int = 8 * MIB, **more: Any) -> dict[str, Any]:
-    options = {"backend": "none", "shared_memory_bytes": shared}
+def config(ranks: int = 2, shared: int = 8 * MIB, device: str = "cpu", **more: Any) -> dict[str, Any]:
+    options = {"backend": "none", "shared_memory_bytes": shared, "input_device": device}
     return {"transport": "nccl", "tensor_parallel_size": ranks, "options": {"nccl": options}, **more}
 
 
@@ -318,16 +344,18 @@ VALUES: dict[str, Any] = {
         for dtype in (torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.complex64)
     },
     "transposed": torch.arange(300_000.0).reshape(3, -1).T,
-    "array": np.arange(300_000, dtype=np.int16),
+    "array": np.arange(300_000),
     "bytes": os.urandom(300_000),
+    "mixed": [np.arange(200_000), torch.arange(200_000), np.arange(200_000), b"small", torch.ones(400_000)],
     "partly": [torch.arange(10), torch.arange(50_000), b"small", np.zeros(0)],
 }
 
 
 @pytest.mark.usefixtures("no_leftovers")
 @pytest.mark.parametrize("shared", [0, MIB, 8 * MIB])
-async def test_every_rank_gets_every_value(shared: int) -> None:
-    async with create_executor(config(shared=shared, aggregator="all"), workers.EchoWorker) as executor:
+@pytest.mark.parametrize("device", ["cpu", "rank"])
+async def test_every_rank_gets_every_value(shared: int, device: str) -> None:
+    async with create_executor(config(shared=shared, device=device, aggregator="all"), workers.EchoWorker) as executor:
         for name, value in VALUES.items():
             for received in await executor.execute_model(value):
                 assert type(received) is type(value), name
@@ -361,10 +389,11 @@ class Keeper:
 
 
 @pytest.mark.usefixtures("no_leftovers")
-async def test_what_a_worker_gets_is_its_own() -> None:
-    async with create_executor(config(), Keeper) as executor:
+@pytest.mark.parametrize("device", ["cpu", "rank"])
+async def test_what_a_worker_gets_is_its_own(device: str) -> None:
+    async with create_executor(config(device=device), Keeper) as executor:
         for number in range(30):
-            await executor.execute_model(torch.full((100_000,), number))
+            await executor.execute_model(torch.full((150_000,), number))
         values = await executor.collective_rpc("values")
     assert values == [[[number + 100 * (rank + 1)] for number in range(30)] for rank in range(2)]
 
@@ -381,6 +410,24 @@ async def test_calls_of_some_ranks_and_of_all_in_flight_together() -> None:
         for tensor, ranks, results in zip(tensors, some, await asyncio.gather(*calls), strict=True):
             assert len(results) == (3 if ranks is None else 2)
             assert all(torch.equal(args[0], tensor) for args, _ in results)
+
+
+class Typed:
+    def __init__(self, context: Any) -> None:
+        pass
+
+    def add(self, array: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(array) + tensor
+
+
+@pytest.mark.usefixtures("no_leftovers")
+@pytest.mark.parametrize("device", ["cpu", "rank"])
+async def test_hinted_arguments(device: str) -> None:
+    async with create_executor(config(device=device), Typed) as executor:
+        numbers = np.arange(300_000)
+        for ranks in (None, [1]):
+            for total in await executor.collective_rpc("add", (numbers, torch.from_numpy(numbers)), ranks=ranks):
+                assert torch.equal(total, torch.from_numpy(2 * numbers))
 
 
 @pytest.mark.usefixtures("no_leftovers")
@@ -459,6 +506,30 @@ async def test_an_end_while_a_large_argument_is_being_copied(how: str, monkeypat
         with pytest.raises(Exception, match="abort"):
             await future
         await executor.aclose()
+
+
+class Recorder:
+    """Leaves a file when it has run."""
+
+    def __init__(self, context: Any, path: str) -> None:
+        self.path = f"{path}/{context.rank}"
+
+    def execute_model(self, scheduler_output: Any, intermediate: None) -> None:
+        with open(self.path, "w") as file:
+            file.write(str(scheduler_output.nbytes))
+
+
+@pytest.mark.usefixtures("no_leftovers")
+async def test_what_was_sent_before_an_end_is_finished_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "PIECE", 10_000)
+    settings = config(timeouts={"drain": 1e-6})
+    executor = create_executor(settings, Recorder, worker_kwargs={"path": str(tmp_path)})
+    await executor.start()
+    future = executor.execute_model(torch.zeros(MIB, dtype=torch.uint8))
+    await executor.aclose()  # gives the call no time, but asks the ranks to leave behind it
+    with contextlib.suppress(ExecutorClosed):
+        await future
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(MIB)] * 2
 
 
 async def test_an_impossible_size_is_refused() -> None:

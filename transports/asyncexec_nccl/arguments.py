@@ -120,15 +120,15 @@ class ArgumentSender:
         """Whether a frame is to be sent here: it has a large buffer, or one that has is not written yet."""
         return bool(self._waiting or (frame.buffers and any(map(_is_large, frame.buffers))))
 
-    def send(self, frame: Frame, streams: Mapping[int, DriverStream], to_all: bool = False) -> None:
+    def send(self, frame: Frame, streams: Mapping[int, DriverStream], together: bool = False) -> None:
         """Send a frame to ranks, in order behind what was sent here before.
 
         Args:
             frame: see above.
             streams: of the ranks, by their numbers.
-            to_all: whether these are all ranks there are, so that they can broadcast.
+            together: whether these are all ranks there are, and go in step, so that they may broadcast.
         """
-        self._waiting.append((frame, streams, to_all))
+        self._waiting.append((frame, streams, together))
         if self._next_turn is None:
             self._work = self._send_all()
             self._go_on()
@@ -156,16 +156,18 @@ class ArgumentSender:
     def _send_all(self) -> Generator[None, None, None]:
         """Write what waits; yields where the loop should have a turn."""
         while self._waiting:
-            frame, streams, to_all = self._waiting[0]  # it stays there meanwhile: what is sent then waits behind it
-            yield from self._send_one(frame, streams, to_all)
+            frame, streams, together = self._waiting[0]  # it stays there meanwhile: what is sent then waits behind it
+            yield from self._send_one(frame, streams, together)
             self._waiting.popleft()
 
-    def _send_one(self, frame: Frame, streams: Mapping[int, DriverStream], to_all: bool) -> Generator[None, None, None]:
+    def _send_one(
+        self, frame: Frame, streams: Mapping[int, DriverStream], together: bool
+    ) -> Generator[None, None, None]:
         beside: list[Buffer] = []
         told = bytearray()
         for place, buffer in enumerate(frame.buffers):
             nbytes = memoryview(buffer).nbytes
-            target = self._target(frame, place, nbytes, to_all)
+            target = self._target(frame, place, nbytes, together)
             region = self._allocate(nbytes, streams) if nbytes >= LARGE else None
             if region is None:
                 beside.append(buffer)
@@ -188,12 +190,12 @@ class ArgumentSender:
         head, *pieces = msgspec.structs.replace(frame, buffers=beside).pack()
         _write([told + head, *pieces], streams)
 
-    def _target(self, frame: Frame, place: int, nbytes: int, to_all: bool) -> Target:
+    def _target(self, frame: Frame, place: int, nbytes: int, together: bool) -> Target:
         if not self._to_device or frame.kind is not FrameKind.CALL or nbytes < ON_DEVICE:
             return Target.HOST
         if not isinstance(frame.buffers, Buffers) or place not in frame.buffers.tensors:
             return Target.HOST
-        return Target.BROADCAST if to_all else Target.DEVICE
+        return Target.BROADCAST if together else Target.DEVICE
 
     def _allocate(self, nbytes: int, streams: Mapping[int, DriverStream]) -> Region | None:
         self._arena.reclaim(self._copied_by_rank)

@@ -105,8 +105,9 @@ class NcclTransport(Transport):
     def send(self, frame: Frame, ranks: Sequence[int]) -> None:
         """Write the frame to each rank's socket, encoded once; what is large beside it into shared memory."""
         if self._arguments is not None and self._arguments.takes(frame):
-            to_all = len(ranks) == self.config.world_size
-            self._arguments.send(frame, {rank: self._ranks[rank].stream for rank in ranks}, to_all)
+            # between pipeline stages a broadcast would have the first wait for what the last one still computes
+            together = len(ranks) == self.config.world_size == self.config.tensor_parallel_size
+            self._arguments.send(frame, {rank: self._ranks[rank].stream for rank in ranks}, together)
             return
         pieces = frame.pack()
         for rank in ranks:

@@ -3,10 +3,12 @@
 Both on transport `nccl`, whose ranks here make no process groups.  Everything of one table is measured in turns in one
 run, so that machines compare:
 
-- a step with a tensor to all ranks; an empty step, which is the floor; and one copy of the tensor's memory (memcpy,
-  source and target touched before), as each rank has to make at least.  Two ratios: to one copy per rank one after the
-  other plus the floor, and to a single copy plus the floor, which takes a core per rank and one for the driver.
-- an empty step to 1, 2, 4 and 8 ranks, its slope by least squares, and how much of it is the driver's own CPU time.
+- a step with a tensor, awaited until every rank has it: through shared memory, and over the sockets alone; an empty
+  step, which is the floor; and one copy of the tensor's memory (memcpy, source and target touched before), as each rank
+  has to make at least.  Ratios of the first: to one copy per rank, one after the other, plus the floor; to a single
+  copy plus the floor, which takes a core per rank and one for the driver; to the step over the sockets.
+- an empty step to 1, 2, 4 and 8 ranks, of which one answers or all do, its slope by least squares, and how much of it
+  is the driver's own CPU time.
 """
 
 import argparse
@@ -38,10 +40,9 @@ def quiet(worker: Worker) -> None:
     """Does nothing, behind what was sent before."""
 
 
-def executor_of(ranks: int, aggregator: str) -> Executor:
-    options = {"nccl": {"backend": "none"}}
-    config = {"transport": "nccl", "tensor_parallel_size": ranks, "aggregator": aggregator, "options": options}
-    return create_executor(config, Worker)
+def executor_of(ranks: int, aggregator: str, **options: Any) -> Executor:
+    sizes = {"tensor_parallel_size": ranks, "aggregator": aggregator}
+    return create_executor({"transport": "nccl", "options": {"nccl": {"backend": "none"} | options}} | sizes, Worker)
 
 
 async def timed(step: Callable[[], Awaitable[Any]], expected: Any) -> float:
@@ -63,16 +64,17 @@ async def measure_payload(ranks: int, nbytes: int, rounds: int) -> None:
     tensor = torch.arange(nbytes // 4, dtype=torch.int32)
     memory: Any = tensor.numpy()
     source, target = memoryview(memory).cast("B"), memoryview(bytearray(nbytes))
-    large, empty, copy = [], [], []
-    async with executor_of(ranks, "all") as executor:  # each step until the last rank has it
+    large, beside, empty, copy = [], [], [], []
+    async with executor_of(ranks, "all") as executor, executor_of(ranks, "all", shared_memory_bytes=0) as by_socket:
         for _ in range(rounds):
             large.append(await timed(lambda: executor.execute_model(tensor), [nbytes] * ranks))
             empty.append(await timed(lambda: executor.execute_model(None), [0] * ranks))
+            beside.append(await timed(lambda: by_socket.execute_model(tensor), [nbytes] * ranks))
             copy.append(copied(source, target))
-    step, floor, memcpy = (statistics.median(samples) for samples in (large, empty, copy))
+    step, sockets, floor, memcpy = (statistics.median(samples) for samples in (large, beside, empty, copy))
     print(
-        f"  {nbytes / 2**20:9.4g} {ranks:5} {step:9.0f} {floor:9.0f} {memcpy:9.0f}"
-        f" {step / (ranks * memcpy + floor):9.2f} {step / (memcpy + floor):9.2f}"
+        f"  {nbytes / 2**20:10.4g} {step:10.0f} {sockets:10.0f} {floor:10.0f} {memcpy:10.0f}"
+        f" {step / (ranks * memcpy + floor):14.2f} {step / (memcpy + floor):10.2f} {step / sockets:10.2f}"
     )
 
 
@@ -97,8 +99,11 @@ async def measure_slope(rounds: int, burst: int, aggregator: str) -> None:
 
 async def measure(arguments: argparse.Namespace) -> None:
     print(f"{os.cpu_count()} cores; medians of {arguments.rounds} rounds, us")
-    print("a step with a tensor       step     empty    memcpy    step / (ranks x    step /")
-    print("        MiB ranks                                   memcpy + empty) (memcpy + empty)")
+    print(f"a step with a tensor to {arguments.ranks} ranks                              step over")
+    print(
+        f"  {'MiB':>10} {'step':>10} {'sockets':>10} {'empty':>10} {'memcpy':>10}"
+        f" {'copies + empty':>14} {'one + empty':>11} {'sockets':>9}"
+    )
     for mebibytes in arguments.mebibytes:
         await measure_payload(arguments.ranks, int(mebibytes * 2**20), arguments.rounds)
     print("an empty step    " + "".join(f"{ranks:3} ranks" for ranks in RANKS) + "   us/rank")

@@ -177,8 +177,9 @@ class ArgumentSender:
             source, memory = memoryview(buffer).cast("B"), self._memory[region.begin :]
             for at in range(0, nbytes, PIECE):
                 if self._copied >= PIECE:
-                    _write([told], streams)
-                    told = bytearray()
+                    if told:
+                        _write([told], streams)
+                        told = bytearray()
                     yield
                 size = min(PIECE, nbytes - at)
                 memory[at : at + size] = source[at : at + size]

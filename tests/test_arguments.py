@@ -144,8 +144,9 @@ class Way:
             for rank, (ours, _) in enumerate(pairs)
         }
         self.ranks = [RankStream(theirs, 100 * MIB) for _, theirs in pairs]
+        self.inherited = [os.dup(self.sender.descriptor) for _ in pairs]
         self.receivers = [
-            ArgumentReceiver(os.dup(self.sender.descriptor), capacity, rank, 100 * MIB) for rank in range(ranks)
+            ArgumentReceiver(descriptor, capacity, rank, 100 * MIB) for rank, descriptor in enumerate(self.inherited)
         ]
         self.beside: list[list[int]] = [[] for _ in range(ranks)]  # sizes of the buffers that came over the socket
 
@@ -173,8 +174,8 @@ class Way:
             stream.close()
         for rank in self.ranks:
             rank.close()
-        for receiver in self.receivers:
-            os.close(receiver._shared._descriptor)
+        for descriptor in self.inherited:
+            os.close(descriptor)
         self.sender.close()
 
 
@@ -532,6 +533,8 @@ async def test_what_was_sent_before_an_end_is_finished_first(tmp_path: Path, mon
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(MIB)] * 2
 
 
-async def test_an_impossible_size_is_refused() -> None:
+@pytest.mark.usefixtures("no_leftovers")
+@pytest.mark.parametrize("size", [-1, 1 << 62, 1 << 70])
+async def test_an_impossible_size_is_refused(size: int) -> None:
     with pytest.raises(ConfigError, match="shared_memory_bytes"):
-        create_executor(config(shared=-1), workers.EchoWorker)
+        await create_executor(config(shared=size), workers.EchoWorker).start()

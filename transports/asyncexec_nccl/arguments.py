@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from asyncexec.errors import WireError
+from asyncexec.errors import ConfigError, WireError
 from asyncexec.wire import Buffer, Buffers, Frame, FrameKind
 from asyncexec_nccl.arena import Arena, Region
 from asyncexec_nccl.buffer_store import BufferStore
@@ -97,13 +97,20 @@ class ArgumentSender:
         loop: the event loop on which everything is done.
         capacity: bytes that may be in use at once; 0 leaves everything to the sockets.
         to_device: whether large tensors in calls are to be on the ranks' devices.
+
+    Raises:
+        ConfigError: so much memory cannot be mapped.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, capacity: int, to_device: bool = False) -> None:
         self._loop = loop
         self._to_device = to_device
         self._shared = SharedMemory("asyncexec-arguments")
-        memory = self._shared.memory(_WORDS + capacity)  # addresses alone, until it is written to
+        try:
+            memory = self._shared.memory(_WORDS + capacity)  # addresses alone, until it is written to
+        except (OSError, OverflowError) as error:
+            self._shared.close()
+            raise ConfigError(f"options.nccl.shared_memory_bytes is {capacity}: {error}; valid: what fits") from error
         self._copied_by_rank, self._memory = memory[:_WORDS].cast("Q"), memory[_WORDS:]
         self._arena = Arena(capacity)
         self._waiting: collections.deque[tuple[Frame, Mapping[int, DriverStream], bool]] = collections.deque()

@@ -413,6 +413,17 @@ async def test_calls_of_some_ranks_and_of_all_in_flight_together() -> None:
             assert all(torch.equal(args[0], tensor) for args, _ in results)
 
 
+def address(worker: Any, array: np.ndarray) -> int:
+    return int(array.ctypes.data)
+
+
+@pytest.mark.usefixtures("no_leftovers")
+async def test_memory_that_the_worker_let_go_of_is_received_into_again() -> None:
+    async with create_executor(config(), Keeper) as executor:
+        addresses = [await executor.collective_rpc(address, (np.zeros(MIB // 8),), ranks=[0]) for _ in range(5)]
+    assert len(set(map(tuple, addresses))) == 1
+
+
 class Typed:
     def __init__(self, context: Any) -> None:
         pass

@@ -3,12 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types contracts unit bench format clean
+.PHONY: demo test lint types contracts docs unit bench format clean
 
 demo: .venv/.demo  ## the main job: generate text with a transformer split over four worker processes
 	$(BIN)/asyncexec demo
 
-test: lint types contracts unit  ## everything that CI checks
+test: lint types contracts docs unit  ## everything that CI checks
 
 lint: .venv/.dev
 	$(BIN)/ruff check
@@ -20,6 +20,9 @@ types: .venv/.dev
 
 contracts: .venv/.dev
 	$(BIN)/lint-imports
+
+docs: .venv/.dev  ## the site, in build/site; a warning or a dead link fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: .venv/.dev
 	$(BIN)/pytest
@@ -33,7 +36,7 @@ format: .venv/.dev
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv
+	rm -rf .venv build
 
 # torch first: on its own it can come from a wheel that the machine has
 .venv/.torch: constraints.txt

@@ -14,7 +14,8 @@ The layers, from the bottom; imports go downward only:
     executor  submission  calls  driver  the interface, and its one implementation over any transport
     run  cli  demo                      the event loop, the command line, a real engine
 
-The transports live beside this package, each in one of its own: `asyncexec_local`, `asyncexec_nccl`.
+The transports live beside this package, each in one of its own: `asyncexec_local`, `asyncexec_nccl`,
+`asyncexec_ray`.
 """
 
 from asyncexec.aggregate import Aggregator, AllRanks, Chain, FirstRank

@@ -89,6 +89,11 @@ class Filling(NamedTuple):
     bucket: Bucket
     tensors: Sequence[Any]
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """The tensors by name."""
+        return {one.name: tensor for one, tensor in zip(self.bucket.tensors, self.tensors, strict=True)}
+
     def fill(self, memory: memoryview) -> None:
         """Copy the tensors into the staging memory; blocks, with several threads at work."""
         torch: Any = importlib.import_module("torch")
@@ -97,6 +102,10 @@ class Filling(NamedTuple):
             if one.end > one.begin:
                 target = torch.frombuffer(memory[base + one.begin : base + one.end], dtype=torch.uint8)
                 target.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+
+
+def nothing(worker: Any) -> None:
+    """A call whose answer says that those before it are done."""
 
 
 def cut(
@@ -113,7 +122,7 @@ def cut(
     for name, tensor in pairs:
         if not is_tensor_type(type(tensor)) or tensor.device.type != "cpu":
             raise TypeError(f"{name!r} is {type(tensor).__qualname__}; valid: a torch tensor in host memory")
-        needed = _aligned(tensor.nbytes)
+        needed = aligned(tensor.nbytes)
         if group and size + needed > bucket_bytes:
             yield group
             group, size = [], 0
@@ -130,14 +139,15 @@ def place(group: Sequence[tuple[str, Any]], method: str, begin: int) -> Filling:
     for name, tensor in group:
         dtype = str(tensor.dtype).removeprefix("torch.")
         staged.append(StagedTensor(name, dtype, tuple(tensor.shape), at, at + tensor.nbytes))
-        at = _aligned(at + tensor.nbytes)
+        at = aligned(at + tensor.nbytes)
     return Filling(Bucket(method, begin, staged), [tensor for _, tensor in group])
 
 
 def space(group: Sequence[tuple[str, Any]]) -> int:
     """Bytes that a group takes."""
-    return sum(_aligned(tensor.nbytes) for _, tensor in group)
+    return sum(aligned(tensor.nbytes) for _, tensor in group)
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """The bytes, rounded up to where the next tensor may begin."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

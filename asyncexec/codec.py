@@ -246,11 +246,17 @@ class _Typed(_Format):
                 setattr(values, name, _Blob(_contiguous(value)))
         buffers = Buffers()
         self._memory.buffers = buffers
-        return self._encoder.encode(values), buffers
+        try:
+            return self._encoder.encode(values), buffers
+        finally:
+            self._memory.buffers = ()  # which would keep the memory until the next call
 
     def decode(self, body: Buffer, buffers: Sequence[Buffer]) -> tuple[Sequence[Any], Mapping[str, Any]]:
         self._memory.buffers = buffers
-        values: Sequence[Any] = msgspec.structs.astuple(self._decoder.decode(body))
+        try:
+            values: Sequence[Any] = msgspec.structs.astuple(self._decoder.decode(body))
+        finally:
+            self._memory.buffers = ()
         if self._blobs:
             values = [self._blobs[i](v.value) if isinstance(v, _Blob) else v for i, v in enumerate(values)]
         if not self._keyword_only:

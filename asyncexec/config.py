@@ -1,6 +1,7 @@
 """The executor's configuration: one frozen struct, from a dict, TOML, the environment or keyword arguments."""
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -12,6 +13,9 @@ import msgspec
 from asyncexec.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "ASYNCEXEC_"
+
+_OWN_KEYS = 3
+"""Steps into tables whose names are ours: deepest are those of a transport's options."""
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 
@@ -45,15 +49,16 @@ class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         limits = {name: getattr(self, name) for name in self.__struct_fields__ if name != "methods"}
         limits |= {f"methods.{name}": limit for name, limit in self.methods.items()}
         for name, limit in limits.items():
-            if limit is not None and not limit > 0:
-                raise ConfigError(f"timeouts.{name} is {limit}; valid: seconds above 0")
+            if limit is not None and not 0 < limit < math.inf:
+                unlimited = ", or None for no limit" if name in ("step", "rpc") or "." in name else ""
+                raise ConfigError(f"timeouts.{name} is {limit}; valid: seconds above 0{unlimited}")
 
     def for_method(self, method: str, *, step: bool) -> float | None:
         """The limit of one call of `method`, in seconds; None is no limit."""
         return self.methods.get(method, self.step if step else self.rpc)
 
 
-class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
     """How an executor runs its worker.
 
     Attributes:
@@ -61,10 +66,10 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: stages that the layers are cut into.
         async_scheduling: the engine submits a step before it has seen the step before it.
-        max_concurrent_batches: steps that run at once.  Unless given: the pipeline size, or 2 for one stage with
-            async scheduling (as vLLM's executors define it).
+        max_concurrent_batches: steps that run at once, from 1.  Unless given (0): the pipeline size, or 2 for one stage
+            with async scheduling (as vLLM's executors define it).
         max_queued_steps: further steps that may wait in order; one more raises `ExecutorBusy`.
-        max_frame_bytes: the largest message to or from a rank, out-of-band buffers included.
+        max_frame_bytes: the largest message to or from a rank, in bytes, tensors and arrays included; from 1024.
         aggregator: "first" (the output rank's value), "all" (a list of every rank's), "kv" and "ec" (what connectors
             report, see `asyncexec.connectors`), "module:Class", or several joined by "+".  A table of these by method
             serves methods that differ, those of `collective_rpc` among them; others are "first" for steps, "all" for
@@ -92,6 +97,8 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
                 raise ConfigError(f"{name} is {getattr(self, name)}; valid: whole numbers from 1")
         if self.max_concurrent_batches < 0:
             raise ConfigError(f"max_concurrent_batches is {self.max_concurrent_batches}; valid: whole numbers from 1")
+        # kept beside the fields: a value that was given may equal the derived one
+        vars(self)["_derives_batches"] = self.max_concurrent_batches == 0
         if self.max_concurrent_batches == 0:
             msgspec.structs.force_setattr(self, "max_concurrent_batches", self._derived_batches())
         if self.max_queued_steps < 0:
@@ -113,7 +120,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             for name in ("tensor_parallel_size", "pipeline_parallel_size")
             if (size := getattr(request, name)) is not None
         }
-        if self.max_concurrent_batches == self._derived_batches():
+        if vars(self)["_derives_batches"]:
             changes["max_concurrent_batches"] = 0
         return msgspec.structs.replace(self, **changes)
 
@@ -129,12 +136,20 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ExecutorConfig":
-        """Build from plain values, nested as in the struct.  Raises ConfigError naming the key."""
+        """Build from plain values, nested as in the struct.
+
+        Raises:
+            ConfigError: names the key that is unknown or wrong, and what would be valid.
+        """
         return convert(values, cls)
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> "ExecutorConfig":
-        """Read the `[asyncexec]` table of a TOML file, or the whole file where it has none."""
+        """Read the `[asyncexec]` table of a TOML file, or the whole file where it has none.
+
+        Raises:
+            ConfigError: the file cannot be read or is no TOML, or as for `from_dict`; names the file.
+        """
         try:
             document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -143,12 +158,19 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "ExecutorConfig":
-        """Read `ASYNCEXEC_<KEY>` variables; two underscores step into a table (`ASYNCEXEC_TIMEOUTS__STEP=30`)."""
+        """Read `ASYNCEXEC_<KEY>` variables; two underscores step into a table (`ASYNCEXEC_TIMEOUTS__STEP=30`).
+
+        Names in capitals throughout are read in small letters, but for those in the tables of a transport's options
+        (`ASYNCEXEC_OPTIONS__NCCL__ENVIRONMENT__NCCL_DEBUG=INFO`).
+
+        Raises:
+            ConfigError: as for `from_dict`, also for a variable of that prefix that is no key.
+        """
         values: dict[str, Any] = {}
         for variable, text in environment.items():
             if not variable.startswith(ENVIRONMENT_PREFIX):
                 continue
-            *tables, key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+            *tables, key = _keys(variable.removeprefix(ENVIRONMENT_PREFIX))
             table = values
             for name in tables:
                 table = table.setdefault(name, {})
@@ -175,6 +197,11 @@ class ReconfigureDistributedRequest(msgspec.Struct, frozen=True, kw_only=True, f
     tensor_parallel_size: int | None = None
     pipeline_parallel_size: int | None = None
     leave: bool = False
+
+
+def _keys(name: str) -> list[str]:
+    parts = name.split("__")
+    return [part.lower() if depth < _OWN_KEYS and part.isupper() else part for depth, part in enumerate(parts)]
 
 
 def convert(values: Mapping[str, Any], struct: type[StructT], *, where: str = "", strict: bool = True) -> StructT:

@@ -19,7 +19,7 @@ class HostCopier:
     """Copies tensors from a GPU into pinned host memory, on a stream of its own.
 
     Args:
-        device: the rank's device, a torch device string "cuda:<index>".
+        device: the rank's device, a torch device string, such as "cuda:0".
     """
 
     def __init__(self, device: str) -> None:

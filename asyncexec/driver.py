@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 
 from asyncexec.aggregate import STEP_METHODS, Aggregator, AllRanks, FirstRank, make_aggregators, tell_rank_lost
-from asyncexec.broadcasting import broadcast
+from asyncexec.broadcasting import Broadcaster
 from asyncexec.calls import Calls
 from asyncexec.codec import Codec
 from asyncexec.config import ExecutorConfig, ReconfigureDistributedRequest, convert
@@ -41,6 +41,9 @@ from asyncexec.window import Call, Counters
 from asyncexec.wire import Frame, FrameKind
 
 logger = logging.getLogger("asyncexec")
+
+_DEATH_LIMIT = 1.0
+"""Seconds between a new rank's connection breaking and the transport's telling of its death; more than enough."""
 
 _ALL = AllRanks()
 _FIRST = FirstRank()
@@ -111,6 +114,7 @@ class Driver(Executor):
         )
         self._transport = transport(config, options, self)
         self._calls = Calls(config, self._codec, self._transport, self._time_out)
+        self._broadcaster = Broadcaster(self._transport.staging, self._call_all)
         self._state = _State.NEW
         self._aborted = False
         self._opened = False
@@ -120,6 +124,7 @@ class Driver(Executor):
         self._reinitializing: asyncio.Task[None] | None = None
         self._failure: AsyncExecError | None = None
         self._failure_callbacks: list[Callable[[AsyncExecError], None]] = []
+        self._stillborn: dict[int, WorkerDied] = {}
 
     # ------------------------------------------------------------------------------------------------ lifecycle
 
@@ -134,14 +139,15 @@ class Driver(Executor):
         try:
             with anyio.move_on_after(limit) as scope:
                 await self._transport.open(self._config)
-                self._opened = True
-                self._check_starting()
-                await self._submit(self._start_frame(), "start", self._ranks, _ALL, limit)
-                self._check_starting()
-                await self._reporter.open()
-                self._check_starting()
             if scope.cancelled_caught:
                 raise StepTimeout(f"not started after {limit:g} s", timeout=limit, waiting_for=(), method="start")
+            self._opened = True
+            self._check_starting()
+            rest = max(0.0, scope.deadline - anyio.current_time())
+            await self._submit(self._start_frame(), "start", self._ranks, _ALL, rest)  # which tells who is late
+            self._check_starting()
+            await self._reporter.open()
+            self._check_starting()
         except BaseException as error:
             self.abort()
             await self.aclose()
@@ -176,12 +182,14 @@ class Driver(Executor):
         try:
             await self._reporter.close()
         finally:
-            await self._transport.close()
-            await asyncio.gather(*self._explaining)
-            self._calls.end("the executor was closed before the call was done")
-            if self._reinitializing is not None:
-                await asyncio.wait([self._reinitializing])
-            self._state = _State.CLOSED
+            try:
+                await self._transport.close()
+            finally:
+                await asyncio.gather(*self._explaining, return_exceptions=True)
+                self._calls.end("the executor was closed before the call was done")
+                if self._reinitializing is not None:
+                    await asyncio.wait([self._reinitializing])
+                self._state = _State.CLOSED
 
     def abort(self) -> None:
         if self._state not in (_State.NEW, _State.CLOSED):
@@ -211,6 +219,7 @@ class Driver(Executor):
                 raise StepTimeout(message, timeout=limit, waiting_for=(), method="reinitialize_distributed")
             self._check_reinitializing()
             started = range(old.world_size, config.world_size)
+            self._stillborn.clear()
             try:
                 await self._bring_up(config, started)
                 self._check_reinitializing()
@@ -253,9 +262,18 @@ class Driver(Executor):
         with anyio.move_on_after(limit) as scope:
             await self._transport.open(config)
             for rank in started:
-                await self._transport.inspect(rank)
+                try:
+                    await self._transport.inspect(rank)
+                except ConnectionError as error:
+                    raise await self._death_of(rank, error) from None
         if scope.cancelled_caught:
             raise StepTimeout(f"new ranks not up after {limit:g} s", timeout=limit, waiting_for=started, method="start")
+
+    async def _death_of(self, rank: int, error: Exception) -> Exception:
+        """Why a new rank's connection broke: its death, of which the transport is about to tell, or just `error`."""
+        with anyio.move_on_after(_DEATH_LIMIT):
+            await self._calls.until(lambda: rank in self._stillborn)
+        return self._stillborn.get(rank, error)
 
     async def _take_places(self, config: ExecutorConfig) -> None:
         """Have the ranks of `config` join each other, and their workers take their places."""
@@ -284,8 +302,11 @@ class Driver(Executor):
         self._ranks = tuple(range(config.world_size))
 
     def _tell_aggregators(self, lost: int) -> None:
-        for aggregator in self._aggregators.values():
-            tell_rank_lost(aggregator, lost)
+        for aggregator in {id(aggregator): aggregator for aggregator in self._aggregators.values()}.values():
+            try:
+                tell_rank_lost(aggregator, lost)
+            except Exception:
+                logger.exception("%r raised when it was told that rank %d is lost", aggregator, lost)
 
     def _start_frame(self) -> Frame:
         try:
@@ -332,6 +353,10 @@ class Driver(Executor):
             raise ConfigError(f"ranks is {list(targets)}; valid: some of {list(self._ranks)}, each once")
         if method == "execute_model" and len(targets) < len(self._ranks) and self._config.pipeline_parallel_size > 1:
             raise ConfigError("execute_model needs the ranks of every pipeline stage; valid: ranks=None")
+        if method == "execute_model" and kwargs:
+            raise ConfigError(
+                f"kwargs is {dict(kwargs)!r}; valid: execute_model takes its scheduler output by position"
+            )
         if not isinstance(method, str) and not callable(method):
             raise ConfigError(f"method is {method!r}; valid: the name of a method, or a callable")
         if aggregate is not None and not isinstance(aggregate, Aggregator):
@@ -356,8 +381,13 @@ class Driver(Executor):
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self._check_running()
-        staging = self._transport.staging
-        await broadcast(named_tensors, method, bucket_bytes, progress, staging, self.collective_rpc)
+        await self._broadcaster.broadcast(named_tensors, method, bucket_bytes, progress)
+
+    def _call_all(
+        self, name: str, target: str | Callable[..., Any], args: Sequence[Any], *, bounded: bool
+    ) -> StepFuture[Any]:
+        limit = self._config.timeouts.for_method(name, step=False) if bounded else None
+        return self._submit(self._encode(name, target, args, {}), name, self._ranks, _ALL, limit)
 
     def _step(self, method: str, args: Sequence[Any], timeout: float | None, *, slot: bool) -> StepFuture[Any]:
         submitted = time.monotonic_ns()
@@ -442,11 +472,13 @@ class Driver(Executor):
         died = functools.partial(_worker_died, rank, loss, f"{last.method}, call {last.call_id}" if last else "none")
         if rank >= self._config.world_size:
             # it was to have a place in a new layout, without which the executor goes on
+            self._stillborn[rank] = died()
             if last is not None:
                 self._calls.fail_one(rank, last, died(last))
+            self._calls.look_again()
             return
-        self._tell_aggregators(rank)
         self._fail(died(), died)
+        self._tell_aggregators(rank)
 
     # --------------------------------------------------------------------------------------------------- inside
 
@@ -506,6 +538,8 @@ async def _outlast(task: asyncio.Task[None]) -> None:
             except asyncio.CancelledError as error:
                 cancelled = error
     if cancelled is not None:
+        if not task.cancelled():
+            task.exception()  # whoever else waits for the task hears of it
         raise cancelled
     task.result()
 

@@ -20,12 +20,18 @@ class Executor(abc.ABC):
     methods are called on the event loop that started it.
 
     Every call may raise, besides what it names:
-        ExecutorClosed: the executor is not running; ExecutorFailed, with the cause, where a rank was lost.
-        PayloadError: the arguments cannot be encoded or are too large.  Nothing was sent.
-    Every future and coroutine may raise:
-        WorkerError: the worker raised.  The executor remains usable.
-        StepTimeout: the deadline passed.
-        WorkerDied: a rank's process ended.  The executor has failed.
+
+    - `ExecutorClosed`: the executor is not running; `ExecutorFailed`, with the cause, where a rank was lost.
+    - `PayloadError`: the arguments cannot be encoded or are too large.  Nothing was sent.
+
+    Every future, and every coroutine that waits for the ranks, may raise:
+
+    - `WorkerError`: the worker raised.  The executor remains usable.
+    - `StepTimeout`: the deadline passed.  The executor remains usable, unless `on_timeout` is "fail".
+    - `PayloadError`: a result cannot be decoded.  The executor remains usable.
+    - `ReplyLost`: an answer will not come.  The executor remains usable.
+    - `AggregationError`: the aggregator raised.  The executor remains usable.
+    - `WorkerDied`: a rank's process ended.  The executor has failed.
     """
 
     # ------------------------------------------------------------------------------------------------ lifecycle
@@ -118,6 +124,14 @@ class Executor(abc.ABC):
         """Submit the second half of a step whose worker has its sampling in a method of that name.
 
         It runs behind the `execute_model` submitted before it, and takes no slot of its own.
+
+        Args:
+            args: handed to every rank's `sample_tokens`.
+            timeout: seconds from now; None takes `timeouts.methods` or `timeouts.step` of the configuration.
+
+        Raises:
+            ConfigError: the worker has no such method.
+            ExecutorBusy: as for `execute_model`.
         """
 
     @abc.abstractmethod

@@ -21,6 +21,15 @@ from asyncexec.transport import RankLink
 from asyncexec.wire import ALL_RANKS, Frame, FrameKind
 from asyncexec.worker import RankContext
 
+_BEFORE_START = 1 << 16
+"""Bytes of an error that is to say why START cannot be read, and so not how large a frame may be."""
+
+_LONGEST_NAME = 256
+"""Characters of an exception's type that are told."""
+
+_ERROR_OVERHEAD = 64
+"""Bytes that the encoded form of an error adds, and more than enough."""
+
 
 class WorkerSpec(NamedTuple):
     """What a rank needs to construct its worker; pickled in a START frame.
@@ -67,6 +76,13 @@ class RemoteFailure(msgspec.Struct, frozen=True, array_like=True):
             printed = "".join(traceback.format_tb(error.__traceback__))
         return cls(name, _encodable(message), _encodable(printed), in_collective)
 
+    def within(self, limit: int) -> "RemoteFailure":
+        """Cut to about `limit` bytes where it is longer: the beginning of the message, the end of the traceback."""
+        half = limit // 2
+        message = self.message.encode()[:half].decode(errors="ignore")
+        traceback = self.traceback.encode()[-half:].decode(errors="ignore")
+        return RemoteFailure(self.type[:_LONGEST_NAME], message, traceback, self.in_collective)
+
 
 def _encodable(text: str) -> str:
     """Escape what is no valid Unicode."""
@@ -109,7 +125,7 @@ class RankRuntime:
         self._worker: Any = None
         self._codec = Codec(object)
         self._step_method = -1
-        self._max_frame_bytes = 0
+        self._max_frame_bytes = _BEFORE_START
         self._replies = _ReplyQueue()
         self._activity = Activity()
         self._last_call = 0
@@ -167,7 +183,7 @@ class RankRuntime:
             self._take_place(worker_class, spec.kwargs)
             reply = self._result(frame, None, started)
         except Exception as error:  # noqa: BLE001 - every failure to start is the driver's to hear of
-            reply = _error(frame, error, started)
+            reply = self._error(frame, error, started)
         self._activity.end()
         self._send(reply)
 
@@ -211,7 +227,7 @@ class RankRuntime:
             owed = self._wanted(frame) or frame.acknowledge
             reply = _answer(FrameKind.SKIPPED, frame, started) if owed else None
         except Exception as error:  # noqa: BLE001 - the worker's errors are the caller's to hear of
-            reply = _error(frame, error, started)
+            reply = self._error(frame, error, started)
         else:
             if isinstance(output, DeferredOutput):
                 self._replies.defer(lambda: self._resolve(frame, output, started))
@@ -231,7 +247,7 @@ class RankRuntime:
         try:
             value = output.wait()
         except BaseException as error:  # noqa: BLE001 - on this thread SystemExit would end nothing but later replies
-            self._link.send(_error(frame, error, started))
+            self._link.send(self._error(frame, error, started))
         else:
             if (reply := self._reply(frame, value, started)) is not None:
                 self._link.send(reply)
@@ -249,7 +265,13 @@ class RankRuntime:
             if refusal := reply.refusal(self._max_frame_bytes):
                 raise PayloadError(f"the results {refusal}")
         except Exception as error:  # noqa: BLE001 - encoding runs code of the worker's author, which may raise anything
-            return _error(frame, error, started)
+            return self._error(frame, error, started)
+        return reply
+
+    def _error(self, frame: Frame, error: BaseException, started: int) -> Frame:
+        reply = _answer(FrameKind.ERROR, frame, started)
+        failure = RemoteFailure.of(error).within(self._max_frame_bytes - _LONGEST_NAME - _ERROR_OVERHEAD)
+        reply.body = msgspec.msgpack.encode(failure)
         return reply
 
     def _send(self, reply: Frame) -> None:
@@ -262,12 +284,6 @@ class RankRuntime:
 
 def _answer(kind: FrameKind, frame: Frame, started: int) -> Frame:
     return Frame(kind, frame.call_id, frame.epoch, frame.method, frame.reply_to, started, time.monotonic_ns())
-
-
-def _error(frame: Frame, error: BaseException, started: int) -> Frame:
-    reply = _answer(FrameKind.ERROR, frame, started)
-    reply.body = msgspec.msgpack.encode(RemoteFailure.of(error))
-    return reply
 
 
 class _EarlierStageFailed(Exception):

@@ -201,7 +201,8 @@ class FrameParser:
         self.wanted = self.wanted[count:]
         if not self.wanted:
             self.wanted = None
-            self._take(self._large)
+            whole, self._large = self._large, memoryview(b"")  # which would keep the memory until the next large part
+            self._take(whole)
 
     def _take(self, section: Buffer) -> None:
         """Use a whole section: header, body with lengths, or one buffer."""

@@ -11,7 +11,12 @@ from asyncexec.outputs import IntermediateTensors
 class ProcessGroups:
     """The process groups that the transport made for this executor, as `torch.distributed` groups.
 
-    Each is None where it would hold one rank alone, and always on transports that run one rank.
+    Each is None where it would hold one rank alone, where the transport's option `backend` is "none", and always on
+    transports that run one rank.
+
+    Attributes:
+        world: all ranks.
+        tensor_parallel: the ranks of this rank's pipeline stage.
     """
 
     world: Any = None
@@ -28,7 +33,11 @@ class RankContext:
         rank: 0 to world_size - 1 over all hosts.
         local_rank: the rank's number on its own host.
         world_size: tensor_parallel_size * pipeline_parallel_size.
-        device: a torch device string, "cpu" or "cuda:<index>".
+        tensor_parallel_rank: 0 to tensor_parallel_size - 1 within the stage.
+        tensor_parallel_size: ranks that share each layer.
+        pipeline_parallel_rank: the stage, 0 to pipeline_parallel_size - 1.
+        pipeline_parallel_size: stages that the layers are cut into.
+        device: a torch device string, such as "cpu" or "cuda:0".
         groups: the process groups that the transport made.
         mark_progress: call it now and then within a long call, such as after each layer's weights were loaded: the
             health check counts a rank healthy while it makes progress.

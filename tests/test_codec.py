@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from typing import Any
 
 import msgspec
@@ -268,3 +269,25 @@ def test_errors_survive_pickling_and_copying(error: Exception) -> None:
         assert type(again) is type(error)
         assert str(again) == str(error)
         assert {k: str(v) for k, v in vars(again).items()} == {k: str(v) for k, v in vars(error).items()}
+
+
+class Arrays:
+    def both_ways(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+
+def test_nothing_keeps_what_was_encoded_or_decoded() -> None:
+    codec, array = Codec(Arrays), np.zeros(1000)
+    given, payload = weakref.ref(array), codec.encode_call("both_ways", (array,), {})
+    memory = np.frombuffer(bytes(payload.buffers[0]))
+    del payload, array
+    assert given() is None
+    kept = weakref.ref(memory)
+    call = codec.decode_call(Payload(codec.method_number("both_ways"), payload_body(codec), (memory.data,)))
+    assert call.args[0].sum() == 0
+    del call, memory
+    assert kept() is None
+
+
+def payload_body(codec: Codec) -> Any:
+    return codec.encode_call("both_ways", (np.zeros(1000),), {}).body

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from asyncexec import ConfigError, ExecutorConfig, Timeouts, TransportUnavailable, create_executor
+from asyncexec import (
+    ConfigError,
+    ExecutorConfig,
+    ReconfigureDistributedRequest,
+    Timeouts,
+    TransportUnavailable,
+    create_executor,
+)
 
 
 def test_sizes_and_slots_are_derived() -> None:
@@ -15,6 +22,28 @@ def test_sizes_and_slots_are_derived() -> None:
     assert ExecutorConfig(async_scheduling=True).max_concurrent_batches == 2
     assert ExecutorConfig(async_scheduling=True, pipeline_parallel_size=3).max_concurrent_batches == 3
     assert ExecutorConfig(max_concurrent_batches=7).max_concurrent_batches == 7
+
+
+def test_slots_that_were_given_stay_when_the_layout_changes() -> None:
+    for given in (1, 2, 4):
+        config = ExecutorConfig(pipeline_parallel_size=2, max_concurrent_batches=given)
+        for stages in (4, 1, 2):
+            config = config.reconfigured(ReconfigureDistributedRequest(pipeline_parallel_size=stages))
+            assert config.max_concurrent_batches == given
+    derived = ExecutorConfig(pipeline_parallel_size=2)
+    assert derived.reconfigured(ReconfigureDistributedRequest(pipeline_parallel_size=4)).max_concurrent_batches == 4
+
+
+def test_names_from_the_environment() -> None:
+    environment = {
+        "ASYNCEXEC_TRANSPORT": "nccl",
+        "ASYNCEXEC_OPTIONS__NCCL__ENVIRONMENT__NCCL_DEBUG": "INFO",
+        "ASYNCEXEC_TIMEOUTS__METHODS__EXECUTE_MODEL": "1",
+        "ASYNCEXEC_TIMEOUTS__METHODS__loadWeights": "2",
+    }
+    config = ExecutorConfig.from_environment(environment)
+    assert config.options == {"nccl": {"environment": {"NCCL_DEBUG": "INFO"}}}
+    assert config.timeouts.methods == {"execute_model": 1.0, "loadWeights": 2.0}
 
 
 def test_every_source_gives_the_same(tmp_path: Path) -> None:
@@ -52,6 +81,8 @@ def test_every_source_gives_the_same(tmp_path: Path) -> None:
         ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0; valid: whole numbers from 1"),
         ({"timeouts": {"step": -1.0}}, "timeouts.step is -1.0; valid: seconds above 0"),
         ({"timeouts": {"methods": {"load": 0.0}}}, "timeouts.methods.load is 0.0"),
+        ({"timeouts": {"step": float("inf")}}, "timeouts.step is inf; valid: seconds above 0, or None for no limit"),
+        ({"timeouts": {"start": float("nan")}}, "timeouts.start is nan; valid: seconds above 0"),
         ({"max_queued_steps": -1}, "max_queued_steps is -1"),
         ({"max_frame_bytes": 1}, "max_frame_bytes is 1"),
         (["transport"], "a table of keys is needed, not list"),

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from asyncexec import (
     Executor,
     ExecutorClosed,
     ExecutorFailed,
+    FirstRank,
+    RankContext,
     RankReport,
     RankUnhealthy,
     Report,
@@ -28,9 +30,11 @@ from asyncexec import (
     create_executor,
 )
 from asyncexec.inspection import blame
+from asyncexec_nccl import NcclTransport
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 Layout = dict[str, Any]
+PAIR: Layout = {"transport": "nccl", "tensor_parallel_size": 2, "options": {"nccl": {"backend": "none"}}}
 QUICK = {"drain": 0.2, "stop": 0.3, "terminate": 0.3}
 
 
@@ -341,3 +345,64 @@ def test_blame() -> None:
     assert blame([rank(0, waiting="all_reduce"), rank(1, "stopped"), rank(2)]) == [1]
     assert blame([rank(0, "dead"), rank(1, "stopped")]) == [0]
     assert blame([rank(0, waiting="a", call=3), rank(1, waiting="a", call=2)]) == [1]
+
+
+async def test_an_aggregator_that_raises_does_not_hide_a_death(caplog: pytest.LogCaptureFixture) -> None:
+    class Fussy(FirstRank):
+        def __init__(self) -> None:
+            self.told: list[int] = []
+
+        def rank_lost(self, rank: int) -> None:
+            self.told.append(rank)
+            raise RuntimeError("no rank may be lost")
+
+    fussy = Fussy()
+    async with create_executor(PAIR, workers.EchoWorker, aggregator=fussy) as executor:
+        nap = asyncio.ensure_future(executor.collective_rpc("nap", (30,), ranks=[0]))
+        with pytest.raises(WorkerDied, match="rank 1 died"):
+            await executor.collective_rpc("exit", (3,), ranks=[1])
+        with pytest.raises(WorkerDied, match="rank 1 died"):
+            await nap
+    assert fussy.told == [1]
+    assert "no rank may be lost" in caplog.text
+
+
+async def test_a_start_that_hangs_names_the_rank() -> None:
+    class Late:
+        def __init__(self, context: RankContext) -> None:
+            if context.rank == 1:
+                time.sleep(60)
+
+    with pytest.raises(StepTimeout) as caught:
+        await create_executor(PAIR | {"timeouts": {"start": 2.0, "stop": 0.2, "terminate": 0.2}}, Late).start()
+    assert caught.value.waiting_for == (1,)
+    assert caught.value.report is not None
+    assert caught.value.report.blamed == [1]
+
+
+async def test_a_transport_that_fails_to_close_leaves_no_call_waiting() -> None:
+    class Stubborn(NcclTransport):
+        async def close(self, ranks: Sequence[int] | None = None) -> None:
+            await super().close(ranks)
+            raise OSError("it will not close")
+
+    config = {"options": {"nccl": {"backend": "none"}}, "timeouts": {"drain": 0.1, "stop": 0.1}}
+    executor = create_executor(config, workers.EchoWorker, transport=Stubborn)
+    await executor.start()
+    nap = asyncio.ensure_future(executor.collective_rpc("nap", (30,)))
+    await asyncio.sleep(0)
+    with pytest.raises(OSError, match="it will not close"):
+        await executor.aclose()
+    with pytest.raises(ExecutorClosed):
+        await nap
+    await executor.aclose()
+
+
+@pytest.mark.parametrize("length", [10, 900, 5000, 100_000])
+async def test_errors_are_cut_to_what_a_frame_may_be(layout: Layout, length: int) -> None:
+    async with create_executor(layout | {"max_frame_bytes": 4096}, workers.EchoWorker) as executor:
+        with pytest.raises(WorkerError) as caught:
+            await executor.collective_rpc("fail_at_length", (length,))
+        assert caught.value.remote_message.startswith("x" * min(length, 1000))
+        assert 'raise ValueError("x" * length)' in caught.value.remote_traceback or length > 900
+        assert await executor.execute_model("on") == "on"

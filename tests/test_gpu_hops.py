@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from asyncexec.errors import PayloadError
+from asyncexec_nccl.devices import OutOfStep
 from asyncexec_nccl.gpu_hops import GpuHopReceiver, GpuHopSender
 from asyncexec_nccl.stream import RankStream
 
@@ -108,11 +109,13 @@ def test_tensors_of_any_kind_arrive(stages: Stages) -> None:
         "odd": torch.arange(15).reshape(3, 5),
         "turned": torch.arange(8, dtype=torch.bfloat16).reshape(2, 4).t(),
         "scalar": torch.tensor(2.5),
+        "short": torch.arange(12, dtype=torch.int16).reshape(2, 6),
+        "complex": torch.tensor(1 + 2j),
         "none": torch.empty(0, 7),
         "array": np.array([1, 2]),
     }
     for call_id in (1, 2, 3):
-        threads = stages.send(call_id, tensors, "even", "odd", "turned", "none")
+        threads = stages.send(call_id, tensors, "even", "odd", "turned", "short", "none")
         for received in stages.receive(call_id):
             assert set(received) == set(tensors)
             for name, value in tensors.items():
@@ -147,6 +150,22 @@ def test_steps_that_were_not_run_leave_nothing_behind(stages: Stages) -> None:
     for thread in threads:
         thread.join()
     assert stages.lane.received == stages.lane.sent == 10 + 30 + 40 + 60
+
+
+def test_a_receiver_without_memory_ends_its_rank(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would take the next step's tensors for the ones that were not received."""
+
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    thread = start(stages.senders[0].send, 1, {"x": torch.ones(3)})
+    monkeypatch.setattr(stages.lane, "receive", full)
+    with pytest.raises(OutOfStep):
+        stages.receivers[0].receive(1)
+    monkeypatch.undo()
+    assert not issubclass(OutOfStep, Exception)
+    stages.lane.receive(stages.receivers[0]._pair, [(torch.float32, (3,))])  # for the sender's thread to end
+    thread.join()
 
 
 def test_what_cannot_be_handed_on_is_not_announced(stages: Stages) -> None:

@@ -14,6 +14,7 @@ from asyncexec import (
     Executor,
     ExecutorBusy,
     ExecutorClosed,
+    ExecutorConfig,
     ExecutorFailed,
     KVOutputAggregator,
     ReconfigureDistributedRequest,
@@ -22,6 +23,7 @@ from asyncexec import (
     WorkerStartError,
     create_executor,
 )
+from asyncexec_nccl import NcclTransport
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 QUICK = {"drain": 0.3, "stop": 0.5, "terminate": 0.3}
@@ -116,6 +118,21 @@ async def test_a_new_rank_that_dies_leaves_everything_as_it_was(make: Layouts) -
             await executor.reinitialize_distributed(sizes(2, 1))
         await require_layout(executor, 1, 1)
         assert executor.failure is None
+
+
+async def test_a_new_rank_that_dies_before_it_is_up_is_named() -> None:
+    class DiesAtOnce(NcclTransport):
+        async def open(self, config: ExecutorConfig) -> None:
+            await super().open(config)
+            if config.world_size == 2:
+                self._ranks[1].process.signal(signal.SIGKILL)
+
+    config = {"options": {"nccl": {"backend": "none"}}, "timeouts": QUICK}
+    async with create_executor(config, workers.Movable, transport=DiesAtOnce) as executor:
+        for _ in range(5):
+            with pytest.raises(WorkerDied, match="rank 1 died: killed by SIGKILL"):
+                await executor.reinitialize_distributed(sizes(2, 1))
+        await require_layout(executor, 1, 1)
 
 
 async def test_a_rank_that_cannot_go_back_fails_the_executor(make: Layouts) -> None:

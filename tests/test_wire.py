@@ -126,3 +126,21 @@ def test_mutated_streams_raise_nothing_else(noise: bytes, position: int) -> None
         parse(bytes(data), [97])
     except WireError:
         return
+
+
+def test_a_parser_keeps_nothing_of_a_large_frame() -> None:
+    frames: list[Frame] = []
+    parser = FrameParser(1 << 30, frames.append)
+    large = Frame(FrameKind.CALL, buffers=[bytes(1 << 25)])
+    tracemalloc.start()
+    try:
+        for piece in large.pack():
+            data = memoryview(piece)
+            parser.feed(bytes(data[:1000]))
+            if parser.wanted is not None:
+                parser.wanted[:] = data[1000:]
+                parser.received(len(data) - 1000)
+        assert len(frames.pop().buffers[0]) == 1 << 25
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -67,6 +67,9 @@ class EchoWorker:
     def fail(self, message: str) -> None:
         raise ValueError(message)
 
+    def fail_at_length(self, length: int) -> None:
+        raise ValueError("x" * length)
+
     def fail_strangely(self) -> None:
         raise ValueError("no surrogates: \ud800")
 

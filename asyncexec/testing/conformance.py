@@ -41,13 +41,14 @@ from asyncexec.worker import RankContext
 ExecutorFactory: TypeAlias = Callable[..., Executor]
 """Called as `factory(worker, aggregator=..., **changes)`, gives an executor that is not started yet.
 
-Args of the call:
-    worker: the worker's class.
-    aggregator: an `Aggregator`, or None for the configuration's.
-    changes: keys of the configuration to set for this executor.
+- `worker`: the worker's class.
+- `aggregator`: an `Aggregator`, or None for the configuration's.
+- `changes`: keys of the configuration to set for this executor.
 """
 
 Target: TypeAlias = Mapping[str, Any] | ExecutorFactory
+"""What a check is given: an executor's configuration as a dict, or a factory of executors."""
+
 _BOUND = 60.0
 """Seconds that one check may take; what hangs is a failure, not a wait."""
 
@@ -414,6 +415,7 @@ async def _require_no_leak(work: Callable[[], Awaitable[None]], name: str) -> No
 
     Where there is more, the work is done again: what a client library starts once, when it first needs it, is no leak.
     """
+    left: dict[str, tuple[list[str], list[str]]] = {}
     for _ in range(3):
         before = _resources()
         await work()

@@ -49,9 +49,10 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def with_faults(transport: type[Transport], faults: Faults) -> type[Transport]:
-    """A transport class that does what `transport` does, with faults; give it to `create_executor`.
+    """A transport class that does what `transport` does, with faults; give it to `create_executor` as `transport`.
 
-    Opening it raises ConfigError where ranks are to be killed or stopped and are no processes of their own.
+    The configuration names the transport all the same, for the sake of its options.  Opening it raises ConfigError
+    where ranks are to be killed or stopped and are no processes of their own.
     """
 
     class Faulty(_FaultyTransport):

@@ -10,6 +10,14 @@ _NO_LIMIT = 10 * 365 * 86400.0
 """Seconds; torch wants a limit."""
 
 
+class OutOfStep(BaseException):
+    """This rank cannot take part in an operation of a group that others have begun, or are about to.
+
+    The group matches operations by their order alone, so this rank's next one would be taken for the one that is
+    missing: wrong values, or a hang.  No `Exception`, since nothing that handles one may go on: it ends the rank.
+    """
+
+
 def check_devices(devices: Sequence[int] | None, world_size: int) -> None:
     """Raise ConfigError unless `options.nccl.devices` names a GPU of its own for every rank."""
     if devices is None:

@@ -4,9 +4,10 @@ A hop is one small frame on the socket pair between the two ranks, and one NCCL 
 GPU.  The frame is written first and never waits: it says which tensors come, so that the receiver knows what to
 receive.  What lies in host memory travels in the frame.
 
-NCCL works on a side stream of each rank.  Events order it with the stream that the worker computes on; no CPU waits for
-a GPU.  Every announced tensor is received, also that of a step which the receiver could not run: NCCL matches sends
-and receives by their order alone.
+NCCL works on side streams of each rank, one for each direction, so that a stage receives a step while it still sends
+the one before.  Events order them with the stream that the worker computes on; no CPU waits for a GPU.  Every
+announced tensor is received, also that of a step which the receiver could not run: NCCL matches sends and receives by
+their order alone.  A rank that cannot, for lack of memory say, ends: see `OutOfStep`.
 """
 
 import functools
@@ -19,11 +20,18 @@ import msgspec
 from asyncexec.errors import PayloadError
 from asyncexec.tensors import decode_tensors, encode_tensors, is_tensor_type
 from asyncexec.wire import Frame, FrameKind
+from asyncexec_nccl.devices import OutOfStep
 from asyncexec_nccl.hops import HopReceiver, HopSender
 from asyncexec_nccl.stream import RankStream
 
 _PLANS = 512
 """Layouts that are remembered: as many as there are usual numbers of tokens in a step."""
+
+
+_BY_NCCL = frozenset(
+    ("bool", "uint8", "int8", "int32", "int64", "float16", "bfloat16", "float32", "float64"),
+)
+"""Names of the dtypes that torch gives to NCCL as they are; tensors of others go as bytes."""
 
 
 class Announced(msgspec.Struct, frozen=True, array_like=True):
@@ -147,7 +155,8 @@ class GpuHopSender(HopSender):
             announced.append(_announced(name, tensor.dtype, tensor.shape, sliced))
             if tensor.numel():
                 flat = tensor if tensor.is_contiguous() else tensor.contiguous()
-                parts.append(flat.view(self._parts, -1)[self._part] if sliced else flat)
+                part = flat.view(self._parts, -1)[self._part] if sliced else flat
+                parts.append(part if announced[-1].dtype in _BY_NCCL else _bytes_of(part))
         frame = Frame(FrameKind.CALL, call_id, body=_encode(_Announcement(announced, bytes(body))), buffers=buffers)
         if refusal := frame.refusal(self._max_frame_bytes):
             raise PayloadError(f"the intermediate tensors {refusal}")
@@ -178,7 +187,11 @@ class GpuHopReceiver(HopReceiver):
         self._parts = parts
 
     def take(self, frame: Frame) -> Mapping[str, Any]:
-        """The tensors that a frame announces; the worker's stream waits for them, the CPU does not."""
+        """The tensors that a frame announces; the worker's stream waits for them, the CPU does not.
+
+        Raises:
+            OutOfStep: they cannot be received.
+        """
         plan = _plan(bytes(frame.body))
         received = iter(self._receive(plan))
         tensors: dict[str, Any] = {}
@@ -195,22 +208,38 @@ class GpuHopReceiver(HopReceiver):
             self._receive(_plan(bytes(frame.body)))
 
     def _receive(self, plan: "_Plan") -> list[Any]:
-        layouts = [
-            (dtype, (_elements(one.shape) // self._parts,) if one.sliced else one.shape)
+        wanted = [
+            (dtype, (_elements(one.shape) // self._parts,) if one.sliced else one.shape, one.dtype in _BY_NCCL)
             for one, dtype in zip(plan.on_gpu, plan.dtypes, strict=True)
             if _elements(one.shape)
         ]
-        return self._side.receive(self._pair, layouts) if layouts else []
+        if not wanted:
+            return []
+        layouts = [
+            (dtype, shape) if known else (_uint8(), (_elements(shape) * dtype.itemsize,))
+            for dtype, shape, known in wanted
+        ]
+        try:
+            parts = self._side.receive(self._pair, layouts)
+        except Exception as error:
+            raise OutOfStep from error
+        return [
+            part if known else part.view(dtype).view(shape)
+            for part, (dtype, shape, known) in zip(parts, wanted, strict=True)
+        ]
 
     def _gather(self, part: Any, shape: tuple[int, ...]) -> Any:
         """Put the parts of the stage's ranks together, on the stream that the worker computes on."""
         if not part.numel():
             return part
-        whole = part.new_empty(shape)
         dist: Any = importlib.import_module("torch.distributed")
         # the same function; torch 2.13 gave it a new name
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(whole.view(-1), part, group=self._tensor_parallel)
+        try:
+            whole = part.new_empty(shape)
+            gather(_bytes_of(whole), _bytes_of(part), group=self._tensor_parallel)
+        except Exception as error:
+            raise OutOfStep from error
         return whole
 
 
@@ -230,6 +259,14 @@ def _plan(body: bytes) -> _Plan:
 @functools.lru_cache(maxsize=_PLANS)
 def _announced(name: str, dtype: Any, shape: Any, sliced: bool) -> Announced:
     return Announced(name, str(dtype).removeprefix("torch."), tuple(shape), sliced)
+
+
+def _bytes_of(tensor: Any) -> Any:
+    return tensor.view(-1).view(_uint8())
+
+
+def _uint8() -> Any:
+    return importlib.import_module("torch").uint8
 
 
 def _device(name: str) -> Any:

@@ -62,6 +62,10 @@ class RankLaunch(msgspec.Struct, frozen=True):
         return self.control, self.side, self.staging, self.arguments, self.layouts
 
 
+_LAST_READS = 16
+"""Reads of 64 KiB, as much as a pipe holds, that are made of the standard error of a rank that has ended."""
+
+
 class RankProcess:
     """A spawned rank.
 
@@ -147,9 +151,9 @@ class _ErrorOutput:
 
     def close(self) -> None:
         """Take what is there still, and no more."""
-        if not self._pipe.closed:
-            while self._read():
-                pass
+        for _ in range(_LAST_READS):  # what its worker started may write on, and without end
+            if self._pipe.closed or not self._read():
+                break
         if not self._pipe.closed:
             self._end()
 

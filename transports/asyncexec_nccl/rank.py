@@ -119,21 +119,20 @@ class _SocketLink(RankLink):
         limit = self._launch.max_frame_bytes
         self._staged = StagedReader(self._staging, device, self._launch.rank, self._groups.world)
         self._arguments.place_on(device, self._groups.world)
-        side = None if pairs.previous is None and pairs.next is None else SideStream(device)
         if joints.previous is not None:
             stream = self._open(joints.previous)
-            self._previous = (
-                HopReceiver(stream, device)
-                if side is None
-                else GpuHopReceiver(stream, device, pairs.previous, side, self._groups.tensor_parallel, size)
-            )
+            if pairs.previous is None:
+                self._previous = HopReceiver(stream, device)
+            else:
+                side, gathers = SideStream(device), self._groups.tensor_parallel
+                self._previous = GpuHopReceiver(stream, device, pairs.previous, side, gathers, size)
         if joints.next is not None:
             stream = self._open(joints.next)
-            self._next = (
-                HopSender(stream, limit)
-                if side is None
-                else GpuHopSender(stream, limit, pairs.next, side, device, self._launch.rank % size, size)
-            )
+            if pairs.next is None:
+                self._next = HopSender(stream, limit)
+            else:
+                part = self._launch.rank % size
+                self._next = GpuHopSender(stream, limit, pairs.next, SideStream(device), device, part, size)
 
     def answer_inspections(self, describe: Callable[[], bytes]) -> None:
         # a daemon: it ends with the process, at the latest with the driver

@@ -7,6 +7,7 @@ rank 0's GPU by a broadcast of NCCL.
 import importlib
 from typing import Any
 
+from asyncexec_nccl.devices import OutOfStep
 from asyncexec_nccl.shared_memory import RankMemory
 
 
@@ -33,10 +34,21 @@ class StagedReader:
 
         On the CPU the tensor lies over the memory itself, and there is no event: it may be overwritten once the call is
         done.  On a GPU, what is computed next waits for the bytes.
+
+        Raises:
+            OutOfStep: they cannot be had, and the other ranks may wait for this one.
         """
-        torch: Any = importlib.import_module("torch")
         if self._device == "cpu":
             return self._mapped(begin + nbytes)[begin : begin + nbytes], None
+        try:
+            return self._to_device(begin, nbytes)
+        except Exception as error:
+            if self._group is None:
+                raise
+            raise OutOfStep from error
+
+    def _to_device(self, begin: int, nbytes: int) -> tuple[Any, Any]:
+        torch: Any = importlib.import_module("torch")
         copied = None
         if self._rank == 0:
             source = self._mapped(begin + nbytes)[begin : begin + nbytes]

@@ -22,7 +22,7 @@ from asyncexec.errors import WireError
 from asyncexec.wire import Buffers, Frame, FrameKind
 from asyncexec_nccl import arguments
 from asyncexec_nccl.arena import Arena, Region
-from asyncexec_nccl.arguments import ArgumentReceiver, ArgumentSender, Piece
+from asyncexec_nccl.arguments import ArgumentReceiver, ArgumentSender, Piece, Target
 from asyncexec_nccl.buffer_store import BufferStore
 from asyncexec_nccl.stream import DriverStream, RankStream
 
@@ -319,6 +319,10 @@ async def test_pieces_that_make_no_frame_are_refused(way_of: Callable[..., Way])
     far.take(Frame(FrameKind.PIECE, body=Piece(1, 2, 0, 10, 0, 10).pack()))
     with pytest.raises(WireError, match="too far behind"):
         far.complete(call(1, 5))
+    [_, none] = way_of(4 * MIB).receivers
+    none.take(Frame(FrameKind.PIECE, body=Piece(0, 1, 0, 0, 0, 0, Target.DEVICE).pack()))
+    with pytest.raises(WireError, match="none of place 1"):
+        none.complete(call(1, 5))
     with pytest.raises(WireError, match="has 3 bytes"):
         far.take(Frame(FrameKind.PIECE, body=b"abc"))
 

@@ -279,12 +279,15 @@ class ArgumentReceiver:
             if growing.filled < growing.nbytes or place > len(buffers):
                 raise WireError(f"buffer {place} of {frame.kind.name} {frame.call_id} is not whole, or too far behind")
             buffers.insert(place, growing.memory)
-        for place in self._for_device:
-            torch: Any = importlib.import_module("torch")
-            memory = buffers[place]
-            if not isinstance(memory, torch.Tensor):
-                buffers[place] = torch.frombuffer(memory, dtype=torch.uint8).to(self._device)
         frame.buffers = buffers
+        for place in self._for_device:
+            if place >= len(buffers):
+                raise WireError(
+                    f"{frame.kind.name} {frame.call_id} has {len(buffers)} buffers, and none of place {place}"
+                )
+            torch: Any = importlib.import_module("torch")
+            if not isinstance(buffers[place], torch.Tensor):
+                buffers[place] = torch.frombuffer(buffers[place], dtype=torch.uint8).to(self._device)
         self._buffers, self._for_device = {}, set()
         return frame
 

@@ -27,7 +27,7 @@ from asyncexec.errors import ConfigError
 from asyncexec.outputs import DeferredOutput, IntermediateTensors
 from asyncexec.pickling import around_bytes, dumps, loads
 from asyncexec.tensors import array_from, array_parts, is_array_type, is_tensor_type, tensor_from, tensor_parts
-from asyncexec.wire import VERSION, Buffer
+from asyncexec.wire import VERSION, Buffer, Buffers
 
 
 class Payload(NamedTuple):
@@ -244,7 +244,7 @@ class _Typed(_Format):
             value = getattr(values, name)
             if value is not None:
                 setattr(values, name, _Blob(_contiguous(value)))
-        buffers: list[Buffer] = []
+        buffers = Buffers()
         self._memory.buffers = buffers
         try:
             return self._encoder.encode(values), buffers
@@ -274,6 +274,7 @@ class _Typed(_Format):
             return len(buffers) - 1
         if is_tensor_type(type(value)):
             dtype, shape, memory = tensor_parts(value)
+            buffers.tensors.add(len(buffers))
         elif is_array_type(type(value)):
             dtype, shape, memory = array_parts(value)
         else:

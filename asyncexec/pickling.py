@@ -22,25 +22,28 @@ import cloudpickle
 import msgspec
 
 from asyncexec.tensors import tensor_from, tensor_parts
-from asyncexec.wire import Buffer
+from asyncexec.wire import Buffer, Buffers
 
 _IN_BAND_BELOW = 1024
 """Buffers smaller than this stay in the pickle: a buffer of its own costs more than the copy."""
 
 
-def dumps(value: Any) -> tuple[Buffer, Sequence[Buffer]]:
+def dumps(value: Any) -> tuple[Buffer, Buffers]:
     """Pickle `value`: the message, and the memory to send beside it."""
-    buffers: list[Buffer] = []
+    buffers = Buffers()
 
     def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
         if raw.nbytes < _IN_BAND_BELOW:
             return True
+        if buffer is pickler.of_tensor:
+            buffers.tensors.add(len(buffers))
         buffers.append(raw)
         return False
 
     message = io.BytesIO()
-    _Pickler(message, protocol=5, buffer_callback=keep_in_band).dump(value)
+    pickler = _Pickler(message, protocol=5, buffer_callback=keep_in_band)
+    pickler.dump(value)
     return message.getvalue(), buffers
 
 
@@ -63,19 +66,22 @@ class _Bytes:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    of_tensor: pickle.PickleBuffer | None = None  # of the last one
+
     def reducer_override(self, obj: Any) -> Any:
         torch = sys.modules.get("torch")
         if torch is not None and type(obj) is torch.Tensor and obj.layout is torch.strided and not obj.is_quantized:
             dtype, shape, memory = tensor_parts(obj)
-            return _tensor, (dtype, shape, pickle.PickleBuffer(memory))
+            self.of_tensor = pickle.PickleBuffer(memory)
+            return _tensor, (dtype, shape, self.of_tensor)
         if isinstance(obj, type) and issubclass(obj, msgspec.Struct) and not _importable(obj):
             return _struct, _struct_parts(obj)
         return super().reducer_override(obj)
 
 
 def _tensor(dtype: str, shape: Sequence[int], memory: Any) -> Any:
-    # memory that stayed in the pickle comes back read-only, which tensors cannot be
-    return tensor_from(dtype, shape, bytearray(memory) if memoryview(memory).readonly else memory)
+    # memory that stayed in the pickle comes back as bytes, read-only, which tensors cannot be
+    return tensor_from(dtype, shape, bytearray(memory) if isinstance(memory, bytes) else memory)
 
 
 def _importable(kind: type) -> bool:

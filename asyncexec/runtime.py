@@ -137,6 +137,7 @@ class RankRuntime:
         try:
             while (frame := receive()) is not None and frame.kind is not FrameKind.STOP:
                 self.handle(frame)
+                del frame  # its memory can be used for the next one
         finally:
             self.finish()
 

@@ -61,10 +61,12 @@ def tensor_parts(tensor: Any) -> tuple[str, list[int], Buffer]:
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape), memoryview(flat.numpy())
 
 
-def tensor_from(dtype: str, shape: Sequence[int], memory: Buffer) -> Any:
-    """A CPU tensor over `memory`, without a copy."""
+def tensor_from(dtype: str, shape: Sequence[int], memory: Any) -> Any:
+    """A tensor over `memory`, without a copy: on the CPU, or where `memory` is if that is a tensor of bytes."""
     torch = importlib.import_module("torch")
     kind = getattr(torch, dtype)
+    if isinstance(memory, torch.Tensor):
+        return memory.view(kind).reshape(shape)
     return torch.frombuffer(memory, dtype=kind).reshape(shape) if len(memory) else torch.empty(shape, dtype=kind)
 
 

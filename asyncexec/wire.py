@@ -17,6 +17,19 @@ from asyncexec.errors import WireError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
+
+class Buffers(list[Buffer]):
+    """Memory to send beside a message.
+
+    Attributes:
+        tensors: which of it, by index, is a tensor's: a transport may put that on the rank's device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: set[int] = set()
+
+
 MAGIC = 0xAE5C
 VERSION = 1
 ALL_RANKS = -1
@@ -54,6 +67,8 @@ class FrameKind(enum.IntEnum):
     """A rank's side thread to the driver: this."""
     DONE = 9
     """Rank to driver: the method ran, and its output is not wanted; sent only where the call asks for it."""
+    PIECE = 10
+    """Between the halves of a transport: a part of the next frame lies in memory that they share."""
 
 
 _KINDS = {int(kind): kind for kind in FrameKind}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_workers
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,18 @@ async def test_executors_share_a_host() -> None:
     ):
         assert await first.collective_rpc("device") == ["cuda:0"]
         assert await second.collective_rpc("device") == ["cuda:1"]
+
+
+@pytest.mark.parametrize("shared", [1 << 20, 1 << 25])  # too little for the tensors, and enough
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=two_gpus)])
+async def test_large_tensors_arrive_on_the_ranks_devices(tp: int, shared: int) -> None:
+    options = {"input_device": "rank", "shared_memory_bytes": shared}
+    async with create_executor(nccl(tp, options=options, aggregator="all"), gpu_workers.Placed) as executor:
+        for step in range(20):
+            values = [torch.full((1_000_000,), step), np.ones(400_000), torch.ones(8), torch.ones(2_000_000)]
+            expected = [(True, 1e6 * step), (False, 4e5), (False, 8.0), (True, 2e6)]
+            assert await executor.execute_model(values) == [expected] * tp
+            assert await executor.collective_rpc("rpc", (values,), ranks=[tp - 1]) == [expected]
 
 
 @pytest.mark.parametrize(("tp", "pp"), [pytest.param(1, 2, marks=two_gpus), pytest.param(2, 2, marks=four_gpus)])

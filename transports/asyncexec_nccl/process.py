@@ -36,6 +36,8 @@ class RankLaunch(msgspec.Struct, frozen=True):
         control: file descriptor of its socket to the driver.
         side: file descriptor of the socket over which the driver inspects it.
         staging: file descriptor of the memory that large tensors for all ranks are put into.
+        arguments: file descriptor of the memory that large arguments are put into.
+        shared_memory_bytes: of the options.
         layouts: file descriptor of the socket over which it is told its place among the others.
         sys_path: where it imports from.
     """
@@ -49,13 +51,15 @@ class RankLaunch(msgspec.Struct, frozen=True):
     control: int
     side: int
     staging: int
+    arguments: int
+    shared_memory_bytes: int
     layouts: int
     sys_path: list[str]
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """What the process inherits; everything else of the driver is closed in it."""
-        return self.control, self.side, self.staging, self.layouts
+        return self.control, self.side, self.staging, self.arguments, self.layouts
 
 
 _LAST_READS = 16

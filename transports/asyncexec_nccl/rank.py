@@ -19,11 +19,13 @@ from asyncexec.runtime import RankRuntime
 from asyncexec.transport import RankLink
 from asyncexec.wire import Frame, FrameKind
 from asyncexec.worker import ProcessGroups, RankContext
+from asyncexec_nccl.arguments import ArgumentReceiver
 from asyncexec_nccl.devices import choose_backend, choose_device
 from asyncexec_nccl.gpu_hops import GpuHopReceiver, GpuHopSender, SideStream
 from asyncexec_nccl.hops import HopReceiver, HopSender
 from asyncexec_nccl.layout import Joints, receive_layout
 from asyncexec_nccl.process import RankLaunch
+from asyncexec_nccl.shared_memory import RankMemory
 from asyncexec_nccl.staging import StagedReader
 from asyncexec_nccl.stream import RankStream
 
@@ -57,14 +59,20 @@ class _SocketLink(RankLink):
         self._groups = ProcessGroups()
         self._previous: HopReceiver | None = None
         self._next: HopSender | None = None
-        self._staged = StagedReader(launch.staging, "cpu", launch.rank, None)
+        self._staging = RankMemory(launch.staging)
+        self._staged = StagedReader(self._staging, "cpu", launch.rank, None)
+        self._arguments = ArgumentReceiver(
+            launch.arguments, launch.shared_memory_bytes, launch.rank, launch.max_frame_bytes
+        )
 
     def _open(self, descriptor: int) -> RankStream:
         os.set_inheritable(descriptor, False)
         return RankStream(socket.socket(fileno=descriptor), self._launch.max_frame_bytes)
 
     def receive(self) -> Frame | None:
-        return self._stream.receive()
+        while (frame := self._stream.receive()) is not None and frame.kind is FrameKind.PIECE:
+            self._arguments.take(frame)
+        return None if frame is None else self._arguments.complete(frame)
 
     def send(self, frame: Frame) -> None:
         try:
@@ -109,7 +117,8 @@ class _SocketLink(RankLink):
     def _connect(self, joints: Joints, pairs: StagePairs, device: str, size: int) -> None:
         """Make the ways to the neighbouring stages: by NCCL where there are pairs, else through host memory."""
         limit = self._launch.max_frame_bytes
-        self._staged = StagedReader(self._launch.staging, device, self._launch.rank, self._groups.world)
+        self._staged = StagedReader(self._staging, device, self._launch.rank, self._groups.world)
+        self._arguments.place_on(device, self._groups.world)
         if joints.previous is not None:
             stream = self._open(joints.previous)
             if pairs.previous is None:
@@ -157,6 +166,7 @@ class _SocketLink(RankLink):
     def leave(self) -> None:
         leave_groups(self._groups)
         self._staged.close()  # unpinning may wait for the GPU, which waits for nobody any more
+        self._arguments.leave()
         self._groups = ProcessGroups()
         if self._previous is not None:
             self._previous.close()

@@ -1,49 +1,28 @@
 """Host memory that the driver fills and every rank can read: the way of large tensors that all ranks get.
 
-A file in memory (memfd), which the ranks inherit and both sides map.  On GPUs rank 0 alone reads it, by copies from
-pinned memory on a stream of their own; the others get the bytes from rank 0's GPU by a broadcast of NCCL.
+On GPUs rank 0 alone reads it, by copies from pinned memory on a stream of their own; the others get the bytes from
+rank 0's GPU by a broadcast of NCCL.
 """
 
 import importlib
-import mmap
-import os
 from typing import Any
 
 from asyncexec_nccl.devices import OutOfStep
-
-
-class StagingArea:
-    """The driver's half.
-
-    Args:
-        descriptor: of the memory; it is not owned.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._mapped: mmap.mmap | None = None
-
-    def memory(self, nbytes: int) -> memoryview:
-        """The memory, `nbytes` of it at least."""
-        if self._mapped is None or len(self._mapped) < nbytes:
-            # an earlier mapping ends with the last view of it
-            os.ftruncate(self._descriptor, nbytes)
-            self._mapped = mmap.mmap(self._descriptor, nbytes)
-        return memoryview(self._mapped)
+from asyncexec_nccl.shared_memory import RankMemory
 
 
 class StagedReader:
-    """A rank's half.
+    """A rank's half; the driver's is the memory itself.
 
     Args:
-        descriptor: of the memory.
+        memory: that the driver fills.
         device: where the bytes are to be.
         rank: this one.
         group: all ranks' process group; None where there is one rank.
     """
 
-    def __init__(self, descriptor: int, device: str, rank: int, group: Any) -> None:
-        self._descriptor = descriptor
+    def __init__(self, memory: RankMemory, device: str, rank: int, group: Any) -> None:
+        self._memory = memory
         self._device = device
         self._rank = rank
         self._group = group
@@ -98,11 +77,11 @@ class StagedReader:
         if self._bytes is None or len(self._bytes) < nbytes:
             self.close()
             torch: Any = importlib.import_module("torch")
-            mapped = mmap.mmap(self._descriptor, os.fstat(self._descriptor).st_size)
+            mapped = self._memory.mapped(nbytes)
             self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
             if self._device != "cpu":
                 status = torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), len(mapped), 0)
                 if int(status) != 0:
-                    raise MemoryError(f"{len(mapped)} bytes of staging memory cannot be pinned: CUDA error {status}")
+                    raise MemoryError(f"{len(mapped)} bytes of shared memory cannot be pinned: CUDA error {status}")
                 self._copying = torch.cuda.Stream(self._device)
         return self._bytes

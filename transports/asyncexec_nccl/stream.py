@@ -48,6 +48,11 @@ class DriverStream:
         self._ended = False
         loop.add_reader(connection, self.read)
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes or goes."""
+        return self._ended
+
     def send(self, pieces: Sequence[Buffer]) -> None:
         """Write the pieces of a frame now, or when there is room; after the stream's end they are dropped."""
         if self._ended:

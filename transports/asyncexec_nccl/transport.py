@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import anyio
 import msgspec
@@ -19,10 +19,11 @@ from asyncexec.config import ExecutorConfig
 from asyncexec.errors import WireError
 from asyncexec.transport import KernelState, RankLoss, Transport, TransportEvents
 from asyncexec.wire import Buffer, Frame, FrameKind
+from asyncexec_nccl.arguments import ArgumentSender
 from asyncexec_nccl.devices import check_devices, collective_timeout
 from asyncexec_nccl.layout import Joints, Layout, send_layout
 from asyncexec_nccl.process import RankLaunch, RankProcess
-from asyncexec_nccl.staging import StagingArea
+from asyncexec_nccl.shared_memory import SharedMemory
 from asyncexec_nccl.stream import DriverStream
 
 _EXIT_LIMIT = 1.0
@@ -44,11 +45,18 @@ class NcclOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         environment: variables set for the ranks, beside what they inherit.
         devices: the GPU of each rank, by its index among those that CUDA_VISIBLE_DEVICES leaves visible; so several
             executors share a host.  None is 0, 1, 2 and so on.
+        shared_memory_bytes: of memory shared with the ranks, for large arguments on their way; what does not fit goes
+            over the sockets.  It takes room as it is used.  A rank keeps as much at most of what it received, to use it
+            again.  0 shares none.
+        input_device: where tensors of 1 MiB and more among the arguments of calls arrive: "cpu", or "rank", the rank's
+            own device (`RankContext.device`).
     """
 
     backend: Literal["auto", "nccl", "gloo", "none"] = "auto"
     environment: dict[str, str] = {}
     devices: list[int] | None = None
+    shared_memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 27
+    input_device: Literal["cpu", "rank"] = "cpu"
 
 
 class NcclTransport(Transport):
@@ -60,8 +68,8 @@ class NcclTransport(Transport):
     def __init__(self, config: ExecutorConfig, options: Any, events: TransportEvents) -> None:
         super().__init__(config, options, events)
         self._ranks: list[_Rank] = []
-        self._staging_fd = -1
-        self._staging: StagingArea | None = None
+        self._staging: SharedMemory | None = None
+        self._arguments: ArgumentSender | None = None
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -77,31 +85,37 @@ class NcclTransport(Transport):
         check_devices(self.options.devices, config.world_size)
         self.config = config
         size = config.tensor_parallel_size
-        if self._staging_fd < 0:
-            self._staging_fd = os.memfd_create("asyncexec-staging")
+        staging = self._staging = self._staging or SharedMemory("asyncexec-staging")
+        if self._arguments is None:
+            to_device = self.options.input_device == "rank"
+            self._arguments = ArgumentSender(asyncio.get_running_loop(), self.options.shared_memory_bytes, to_device)
+        shared = staging.descriptor, self._arguments.descriptor
         with contextlib.ExitStack() as stack:
             store = os.memfd_create("asyncexec-store")
             stack.callback(os.close, store)
             hops = [_pair(stack) for _ in range(config.world_size - size)]
             for number in range(config.world_size):
                 if number == len(self._ranks):
-                    self._ranks.append(_Rank(number, config, self.options, self.events, self._staging_fd))
+                    self._ranks.append(_Rank(number, config, self.options, self.events, *shared))
                 previous = hops[number - size][1].fileno() if number >= size else None
                 following = hops[number][0].fileno() if number < len(hops) else None
                 joints = Joints(store, previous, following)
                 self._ranks[number].place(Layout.with_joints(size, config.pipeline_parallel_size, joints), joints)
 
     def send(self, frame: Frame, ranks: Sequence[int]) -> None:
-        """Write the frame to each rank's socket, encoded once."""
+        """Write the frame to each rank's socket, encoded once; what is large beside it into shared memory."""
+        if self._arguments is not None and self._arguments.takes(frame):
+            # between pipeline stages a broadcast would have the first wait for what the last one still computes
+            together = len(ranks) == self.config.world_size == self.config.tensor_parallel_size
+            self._arguments.send(frame, {rank: self._ranks[rank].stream for rank in ranks}, together)
+            return
         pieces = frame.pack()
         for rank in ranks:
             self._ranks[rank].stream.send(pieces)
 
     def staging(self, nbytes: int) -> memoryview | None:
         """Shared with the ranks since they were spawned; it takes no room before it is used."""
-        if self._staging is None:
-            self._staging = StagingArea(self._staging_fd)
-        return self._staging.memory(nbytes)
+        return None if self._staging is None else self._staging.memory(nbytes)
 
     async def inspect(self, rank: int) -> Buffer:
         """Ask over a socket of its own, which a thread of its own serves."""
@@ -113,12 +127,12 @@ class NcclTransport(Transport):
 
     async def close(self, ranks: Sequence[int] | None = None) -> None:
         """STOP, then SIGTERM, then SIGKILL, each within its limit."""
-        leaving = self._ranks if ranks is None else [self._ranks[rank] for rank in ranks if rank < len(self._ranks)]
+        numbers = [rank for rank in (range(len(self._ranks)) if ranks is None else ranks) if rank < len(self._ranks)]
+        leaving = [self._ranks[rank] for rank in numbers]
         limits = self.config.timeouts
-        pieces = Frame(FrameKind.STOP).pack()
         for rank in leaving:
             rank.leaving = True
-            rank.stream.send(pieces)
+        self.send(Frame(FrameKind.STOP), numbers)
         for limit, then in ((limits.stop, signal.SIGTERM), (limits.terminate, signal.SIGKILL), (_LAST_LIMIT, None)):
             with anyio.move_on_after(limit):
                 for rank in leaving:
@@ -130,9 +144,13 @@ class NcclTransport(Transport):
             rank.close()
         if ranks is not None:
             self._ranks = [rank for rank in self._ranks if rank not in leaving]
-        if ranks is None and self._staging_fd >= 0:
-            os.close(self._staging_fd)
-            self._staging, self._staging_fd = None, -1
+        if self._arguments is not None:
+            self._arguments.forget(numbers)
+        if ranks is None:
+            for shared in (self._staging, self._arguments):
+                if shared is not None:
+                    shared.close()
+            self._staging = self._arguments = None
 
     def abort(self) -> None:
         """SIGKILL to every rank."""
@@ -153,7 +171,13 @@ class _Rank:
     """
 
     def __init__(
-        self, number: int, config: ExecutorConfig, options: NcclOptions, events: TransportEvents, staging: int
+        self,
+        number: int,
+        config: ExecutorConfig,
+        options: NcclOptions,
+        events: TransportEvents,
+        staging: int,
+        arguments: int,
     ) -> None:
         self._number = number
         self._events = events
@@ -172,6 +196,8 @@ class _Rank:
                 control=control[1].fileno(),
                 side=side[1].fileno(),
                 staging=staging,
+                arguments=arguments,
+                shared_memory_bytes=options.shared_memory_bytes,
                 layouts=layouts[1].fileno(),
                 sys_path=[str(path) for path in sys.path],
             )

@@ -223,13 +223,13 @@ class Driver(Executor):
             try:
                 await self._bring_up(config, started)
                 self._check_reinitializing()
-            except Exception:
-                await self._transport.close(started)
+            except Exception as error:
+                await self._take_back(old, started, error, joined=False)
                 raise
             try:
                 await self._take_places(config)
             except Exception as error:
-                await self._take_back(old, started, error)
+                await self._take_back(old, started, error, joined=True)
                 raise
             self._calls.resize(config.world_size, config.max_concurrent_batches)
             self._calls.begin_epoch()
@@ -282,15 +282,24 @@ class Driver(Executor):
         ranks = range(config.world_size)
         await self._submit(self._start_frame(), "start", ranks, _ALL, config.timeouts.start)
 
-    async def _take_back(self, old: ExecutorConfig, started: Sequence[int], cause: Exception) -> None:
-        """Have the ranks take their old places again; `cause` is why."""
+    async def _take_back(self, old: ExecutorConfig, started: Sequence[int], cause: Exception, *, joined: bool) -> None:
+        """Have the ranks take their old places again.
+
+        Args:
+            old: the layout in which they had these.
+            started: the ranks that go.
+            cause: why.
+            joined: whether the others may have left their places already, and must join each other again.
+        """
         if self._failure is not None or self._state is not _State.REINITIALIZING:
             return  # the executor has failed, or is being closed
         try:
             await self._transport.close(started)
             self._calls.resize(old.world_size, old.max_concurrent_batches)
-            await self._transport.open(old)
-            await self._take_places(old)
+            with anyio.fail_after(old.timeouts.start):
+                await self._transport.open(old)
+            if joined:
+                await self._take_places(old)
         except Exception as error:  # noqa: BLE001 - whatever it is, the ranks have no places any more
             if self._failure is None and self._state is _State.REINITIALIZING:
                 failure = _going_back_failed(error, cause)

@@ -18,6 +18,8 @@ from asyncexec import (
     Executor,
     IntermediateTensors,
     PayloadError,
+    ReconfigureDistributedRequest,
+    StepTimeout,
     WorkerDied,
     WorkerError,
     WorkerStartError,
@@ -93,6 +95,31 @@ async def test_a_start_without_room_is_given_up(caplog: pytest.LogCaptureFixture
     with pytest.raises(TimeoutError, match="start"):
         await create_executor(config, workers.EchoWorker).start()
     assert "1 ranks with {'CPU': 1.0, 'GPU': 0, 'unobtainium': 1.0} each" in caplog.text
+
+
+@pytest.mark.parametrize("driver", ["direct", "documented"])
+async def test_a_layout_without_room_leaves_everything_as_it_was(driver: str) -> None:
+    config = layout(1, 2, num_cpus=5, driver=driver) | {"timeouts": {"start": 4.0, "step": 10.0, "stop": 1.0}}
+    async with create_executor(config, workers.Movable) as executor:
+        before = await executor.execute_model(1)
+        with pytest.raises(StepTimeout, match="new ranks not up after 4 s"):
+            await executor.reinitialize_distributed(ReconfigureDistributedRequest(pipeline_parallel_size=4))
+        assert executor.failure is None
+        assert await executor.execute_model(1) == before
+        assert await executor.collective_rpc("moves") == [0, 0]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0])
+async def test_a_start_that_is_cancelled_again_and_again_leaves_nothing(seconds: float) -> None:
+    executor = create_executor(layout(2), workers.EchoWorker)
+    starting = asyncio.ensure_future(executor.start())
+    await asyncio.wait([starting], timeout=seconds)
+    while not starting.done():
+        starting.cancel()
+        await asyncio.wait([starting], timeout=0.01)
+    await executor.aclose()
+    groups = importlib.import_module("ray.util").placement_group_table().values()
+    assert [group["state"] for group in groups if group["state"] != "REMOVED"] == []
 
 
 async def test_what_does_not_fit_a_buffer_fails_its_call_alone() -> None:

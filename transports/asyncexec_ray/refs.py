@@ -36,12 +36,18 @@ def answer(ref: Any) -> asyncio.Future[Any]:
 async def finish(awaitable: Awaitable[T]) -> T:
     """Await something that must come to its end even where the caller is cancelled; the cancellation comes after it."""
     task = asyncio.ensure_future(awaitable)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        with anyio.CancelScope(shield=True):
-            await asyncio.wait([task])
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:  # which may come more than once
+                cancelled = error
+    if cancelled is None:
+        return task.result()
+    if not task.cancelled():
+        task.exception()  # the cancellation is what the caller hears of
+    raise cancelled
 
 
 def _settle(future: asyncio.Future[Any], answered: concurrent.futures.Future[Any]) -> None:

@@ -50,7 +50,7 @@ class RayTransport(Transport):
         self._opening: asyncio.Task[None] | None = None
         self._aborted = False
         self._closing = False
-        self._closed = False
+        self._end_of_all: asyncio.Task[None] | None = None
         self._step_method = 0
         self._one_changed = anyio.Event()
 
@@ -77,8 +77,7 @@ class RayTransport(Transport):
                 return  # by `close`, which cleans up
             if is_first:
                 self.abort()
-                with anyio.CancelScope(shield=True):
-                    await self.close()
+                await self.close()
             raise
 
     def refusal(self, frame: Frame, ranks: Sequence[int]) -> str | None:
@@ -118,14 +117,22 @@ class RayTransport(Transport):
             await self._end(leaving)
             self._members = [member for member in self._members if member not in leaving]
             await finish(asyncio.to_thread(self._remove_unused))
-        elif not self._closed:
-            self._closing = self._closed = True
-            if self._opening is not None and not self._opening.done():
-                self._opening.cancel()
-                await asyncio.wait([self._opening])
-                self._aborted = True
+        else:
+            self._closing = True
+            if self._end_of_all is None:
+                self._end_of_all = asyncio.create_task(self._close_all())
+            await finish(self._end_of_all)
+
+    async def _close_all(self) -> None:
+        """A task of its own: who awaits it may be cancelled, any number of times."""
+        if self._opening is not None and not self._opening.done():
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+            self._aborted = True
+        try:
             await self._end(self._members)
             await self._close_graph(_LAST_LIMIT)
+        finally:
             await finish(asyncio.to_thread(self._disconnect))
 
     def abort(self) -> None:

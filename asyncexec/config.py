@@ -13,6 +13,9 @@ from asyncexec.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "ASYNCEXEC_"
 
+TRACE_VARIABLE = "ASYNCEXEC_TRACE"
+"""Names the file that an executor's trace is written to, from start to end: no key of the configuration."""
+
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 
 
@@ -146,7 +149,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         """Read `ASYNCEXEC_<KEY>` variables; two underscores step into a table (`ASYNCEXEC_TIMEOUTS__STEP=30`)."""
         values: dict[str, Any] = {}
         for variable, text in environment.items():
-            if not variable.startswith(ENVIRONMENT_PREFIX):
+            if not variable.startswith(ENVIRONMENT_PREFIX) or variable == TRACE_VARIABLE:
                 continue
             *tables, key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
             table = values

@@ -199,17 +199,7 @@ class RankRuntime:
         span = RankSpan(frame.call_id, frame.epoch, method, started) if frame.trace else None
         self._activity.begin(method, frame.call_id)
         try:
-            call = self._codec.decode_call(Payload(frame.method, frame.body, frame.buffers))
-            if span is not None:
-                span.began = time.monotonic_ns()
-            if stage is not None:
-                output = stage.run(self._worker.execute_model, *call.args, **call.kwargs)
-            elif isinstance(call.target, Bucket):
-                output = call.target(self._worker, self._link.read_staged)
-            elif callable(call.target):
-                output = call.target(self._worker, *call.args, **call.kwargs)
-            else:
-                output = getattr(self._worker, call.target)(*call.args, **call.kwargs)
+            output = self._run(frame, stage, span)
         except _EarlierStageFailed:
             owed = self._wanted(frame) or frame.acknowledge
             reply = _answer(FrameKind.SKIPPED, frame, started) if owed else None
@@ -217,24 +207,38 @@ class RankRuntime:
             reply = _error(frame, error, started)
         else:
             if isinstance(output, DeferredOutput):
-                if span is not None:
-                    span.ended = time.monotonic_ns()
-                self._replies.defer(lambda: self._resolve(frame, output, started, span))
+                self._defer(frame, output, started, span)
                 reply = span = None
             else:
                 reply = self._reply(frame, output, started)
         if span is not None:
             span.ended = time.monotonic_ns() if reply is None else reply.ended_ns
         self._activity.end()  # before the reply: who has it may ask at once what the rank is doing
-        if reply is not None:
-            self._send(reply, span)
-        elif span is not None:
-            self._activity.keep(span)
+        self._answer_with(reply, span)
         if stage is not None:
             stage.release_next()
 
+    def _run(self, frame: Frame, stage: "_Stage | None", span: RankSpan | None) -> Any:
+        """Decode the call, and run it; returns its output."""
+        call = self._codec.decode_call(Payload(frame.method, frame.body, frame.buffers))
+        if span is not None:
+            span.began = time.monotonic_ns()
+        if stage is not None:
+            return stage.run(self._worker.execute_model, *call.args, **call.kwargs)
+        if isinstance(call.target, Bucket):
+            return call.target(self._worker, self._link.read_staged)
+        if callable(call.target):
+            return call.target(self._worker, *call.args, **call.kwargs)
+        return getattr(self._worker, call.target)(*call.args, **call.kwargs)
+
     def _wanted(self, frame: Frame) -> bool:
         return frame.reply_to in (ALL_RANKS, self._context.rank)
+
+    def _defer(self, frame: Frame, output: DeferredOutput[Any], started: int, span: RankSpan | None) -> None:
+        """Have the completion thread wait for an output."""
+        if span is not None:
+            span.ended = time.monotonic_ns()
+        self._replies.defer(lambda: self._resolve(frame, output, started, span))
 
     def _resolve(self, frame: Frame, output: DeferredOutput[Any], started: int, span: RankSpan | None) -> None:
         if span is not None:
@@ -268,6 +272,13 @@ class RankRuntime:
         except Exception as error:  # noqa: BLE001 - encoding runs code of the worker's author, which may raise anything
             return _error(frame, error, started)
         return reply
+
+    def _answer_with(self, reply: Frame | None, span: RankSpan | None) -> None:
+        """Send what is owed, if anything is, or only keep note of the call."""
+        if reply is not None:
+            self._send(reply, span)
+        elif span is not None:
+            self._activity.keep(span)
 
     def _send(self, reply: Frame, span: RankSpan | None = None) -> None:
         """Send a reply behind those that are still waited for."""

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import IO, Self
 
 import anyio
+import anyio.lowlevel
 
 from asyncexec.errors import AsyncExecError, ConfigError
 from asyncexec.inspection import RankReport, RankSpan, Report
@@ -115,7 +116,7 @@ class Timeline:
                     if self._kept.pop(key, None) is None and key[1:] in self._open and span.answer == "REPLY":
                         self._told.add(key)
                 if n % _AT_ONCE == _AT_ONCE - 1:
-                    await anyio.sleep(0)
+                    await anyio.lowlevel.checkpoint()
         if len(self._kept) > _MAX_KEPT:
             self._add_kept()
 
@@ -395,4 +396,6 @@ def _begin(call_id: str, name: str, at: int, args: str = "{}") -> str:
 
 
 def _end(call_id: str, name: str, at: int) -> str:
-    return f'{{"ph":"e","cat":"call","id":"{call_id}","name":{json.dumps(name)},"pid":{_DRIVER},"tid":1,"ts":{_us(at)}}}'
+    return (
+        f'{{"ph":"e","cat":"call","id":"{call_id}","name":{json.dumps(name)},"pid":{_DRIVER},"tid":1,"ts":{_us(at)}}}'
+    )

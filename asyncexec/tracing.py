@@ -9,17 +9,17 @@ Format: "Trace Event Format" of the Chromium project, the JSON array form.
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import anyio
 import anyio.lowlevel
+import msgspec
 
 from asyncexec.errors import AsyncExecError, ConfigError
 from asyncexec.inspection import RankReport, RankSpan, Report
@@ -33,13 +33,15 @@ _FETCH_EVERY = 256
 _FLUSH_AFTER = 1.0
 """Seconds that something may wait to be written: what is lost at most when the driver is killed."""
 
-_AT_ONCE = 32
-"""Spans that become events in one turn of the event loop: about a quarter of a millisecond."""
+_AT_ONCE = 4
+"""Calls or spans that become events in one turn of the event loop, which a step may have to wait for: about 50 us."""
 
 _MAX_KEPT = 8192
 """Replies whose ranks have not told more about them; the rest of them is written as the driver knows it."""
 
 _DRIVER = 1
+_NONE: dict[str, Any] = {}
+_encode = msgspec.json.Encoder().encode
 
 
 class Timeline:
@@ -50,17 +52,18 @@ class Timeline:
     """
 
     def __init__(self, due: Callable[[float], None]) -> None:
-        self.events: list[str] = []
+        self.events: list[bytes] = []
         self.reports: list[Report] = []
         self._due = due
         self._began = time.monotonic_ns()
         self._calls = 0
+        self._happened: list[tuple[CallRecord, int, bool]] = []
         self._ended = False
         self._open: dict[tuple[int, int], CallRecord] = {}
         self._told: set[tuple[int, int, int]] = set()
         self._kept: dict[tuple[int, int, int], RankSpan] = {}
-        self._offsets: dict[int, RankReport] = {}
-        self._name(_DRIVER, "driver", os.getpid(), ("event loop",))
+        self._clocks: dict[int, RankReport] = {}
+        self._name(_DRIVER, "driver", 1, ("event loop",))
 
     # ------------------------------------------------------------------------------------------ as an observer
 
@@ -70,32 +73,19 @@ class Timeline:
             self._open[call.epoch, call.call_id] = call
 
     def call_done(self, call: CallRecord) -> None:
-        """Write the driver's part, and keep what the replies say until the ranks say more."""
-        if self._open.pop((call.epoch, call.call_id), None) is None:
-            return  # the trace has ended
-        self._add_call(call, _outcome(call.error))
-        for reply in call.replies:
-            key = (reply.rank, call.epoch, call.call_id)
-            if key in self._told:
-                self._told.discard(key)
-            else:
-                span = RankSpan(call.call_id, call.epoch, call.method, reply.started, reply.started, reply.ended)
-                span.replied, span.answer = reply.ended, "REPLY"
-                self._kept[key] = span
-        self._calls += 1
-        self._due(_FLUSH_AFTER if self._calls % _FETCH_EVERY else 0.0)
+        """Keep it: `catch_up` writes it, beside the next steps."""
+        if not self._ended:
+            self._happened.append((call, 0, False))
+            self._calls += 1
+            self._due(_FLUSH_AFTER if self._calls % _FETCH_EVERY else 0.0)
 
     def call_awaited(self, call: CallRecord, at: int, cancelled: bool) -> None:
-        """Write how long the future was done before its task went on; of an abandoned await, when."""
-        if self._ended:
-            return
-        if cancelled:
-            self._instant(f"{call.method} {call.call_id}: await cancelled", at)
-        elif call.done:
-            self._phase(_id(call), "until awaited", call.done, at)
+        """Keep it too."""
+        if not self._ended:
+            self._happened.append((call, at, cancelled))
 
     def ranks_reported(self, report: Report) -> None:
-        """Keep the notes that came along, which are gone from the ranks; `add_reports` takes its time with them."""
+        """Keep the notes that came along, which are gone from the ranks; `catch_up` takes its time with them."""
         self.reports.append(report)
 
     def executor_failed(self, cause: AsyncExecError) -> None:
@@ -104,18 +94,19 @@ class Timeline:
 
     # -------------------------------------------------------------------------------------------- ranks, ending
 
-    async def add_reports(self) -> None:
-        """Write what the ranks noted, a few spans in a turn of the loop."""
+    async def catch_up(self) -> None:
+        """Write what driver and ranks noted, a little in each turn of the loop."""
+        happened, self._happened = self._happened, []
         reports, self.reports = self.reports, []
+        for n, (call, at, cancelled) in enumerate(happened, start=1):
+            self._add_happened(call, at, cancelled)
+            if n % _AT_ONCE == 0:
+                await anyio.lowlevel.checkpoint()
         for rank in (rank for report in reports for rank in report.ranks):
             self._set_clock(rank)
-            for n, span in enumerate(rank.spans):
-                if span.received - self._offset(rank.rank) >= self._began:
-                    self._add_span(rank.rank, span)
-                    key = (rank.rank, span.epoch, span.call_id)
-                    if self._kept.pop(key, None) is None and key[1:] in self._open and span.answer == "REPLY":
-                        self._told.add(key)
-                if n % _AT_ONCE == _AT_ONCE - 1:
+            for n, span in enumerate(rank.spans, start=1):
+                self._take_span(rank.rank, span)
+                if n % _AT_ONCE == 0:
                     await anyio.lowlevel.checkpoint()
         if len(self._kept) > _MAX_KEPT:
             self._add_kept()
@@ -123,11 +114,42 @@ class Timeline:
     def end(self) -> None:
         """Write what is unfinished, and what ranks that are gone did not tell."""
         self._ended = True
+        for happened in self._happened:
+            self._add_happened(*happened)
         for call in self._open.values():
-            call.done = time.monotonic_ns()
-            self._add_call(call, "unfinished when the trace ended")
-        self._open.clear()
+            self._add_call(call, "unfinished when the trace ended", time.monotonic_ns())
         self._add_kept()
+
+    def _add_happened(self, call: CallRecord, at: int, cancelled: bool) -> None:
+        """Write the driver's part of a call that is done, or of an await that is."""
+        if not at:
+            self._add_call(call, _outcome(call.error), call.done)
+            self._keep_replies(call)
+            self._open.pop((call.epoch, call.call_id), None)
+        elif cancelled:
+            self._instant(f"{call.method} {call.call_id}: await cancelled", at)
+        else:
+            self._asynchronous(_id(call), "until awaited", call.done, at)
+
+    def _keep_replies(self, call: CallRecord) -> None:
+        """Keep what the replies say until the ranks say more, unless they have."""
+        for reply in call.replies:
+            key = (reply.rank, call.epoch, call.call_id)
+            if key in self._told:
+                self._told.discard(key)
+            else:
+                span = RankSpan(call.call_id, call.epoch, call.method, reply.started, reply.started, reply.ended)
+                span.replied, span.answer = reply.ended, "REPLY"
+                self._kept[key] = span
+
+    def _take_span(self, rank: int, span: RankSpan) -> None:
+        """Write what a rank noted, in place of what its reply says."""
+        if span.received - self._offset(rank) < self._began:
+            return  # of another trace
+        self._add_span(rank, span)
+        key = (rank, span.epoch, span.call_id)
+        if self._kept.pop(key, None) is None and key[1:] in self._open and span.answer == "REPLY":
+            self._told.add(key)
 
     def _add_kept(self) -> None:
         for (rank, _, _), span in self._kept.items():
@@ -136,63 +158,61 @@ class Timeline:
 
     def _set_clock(self, report: RankReport) -> None:
         """Use the offset that is known best, and say how well."""
-        known = self._offsets.get(report.rank)
+        known = self._clocks.get(report.rank)
         if not report.clock:
             return
         if known is None:
             self._name_rank(report.rank)
         if known is None or known.boot != report.boot or known.clock_error > report.clock_error:
-            self._offsets[report.rank] = report
-            offset, error = report.clock_offset / 1e3, report.clock_error / 1e3
-            self.events.append(
-                f'{{"ph":"i","s":"p","name":"clock","pid":{report.rank + 2},"tid":{_tid(report.rank)},'
-                f'"ts":{_us(report.clock - report.clock_offset)},"args":{{"offset_us":{offset},"error_us":{error}}}}}'
-            )
+            self._clocks[report.rank] = report
+            place = {"pid": report.rank + 2, "tid": _tid(report.rank), "ts": (report.clock - report.clock_offset) / 1e3}
+            args = {"offset_us": report.clock_offset / 1e3, "error_us": report.clock_error / 1e3}
+            self._add({"ph": "i", "s": "p", "cat": "clock", "name": "clock", **place, "args": args})
 
     def _offset(self, rank: int) -> int:
-        known = self._offsets.get(rank)
+        known = self._clocks.get(rank)
         return known.clock_offset if known is not None else 0
 
     # ------------------------------------------------------------------------------------------------- events
 
-    def _add_call(self, call: CallRecord, outcome: str) -> None:
+    def _add_call(self, call: CallRecord, outcome: str, done: int) -> None:
         """The driver's part: the call as an asynchronous slice with its phases, and what the event loop did for it."""
         name, call_id = f"{call.method} {call.call_id}", _id(call)
-        args = {"outcome": outcome, "epoch": call.epoch, "ranks": list(call.ranks)}
+        args: dict[str, Any] = {"outcome": outcome, "epoch": call.epoch, "ranks": call.ranks}
         if call.error is not None:
             args["error"] = str(call.error)
-        self.events.append(_begin(call_id, name, call.submitted, json.dumps(args)))
-        self._phase(call_id, "queued", call.encoded, call.sent or call.done)
+        self._mark("b", call_id, name, call.submitted, args)
+        self._asynchronous(call_id, "queued", call.encoded, call.sent or done)
         self._slice(_DRIVER, 1, f"encode {call.call_id}", call.submitted, call.encoded)
         if call.sent:
-            self._phase(call_id, "in flight", call.sent, call.decoded or call.done)
+            self._asynchronous(call_id, "in flight", call.sent, call.decoded or done)
             self._slice(_DRIVER, 1, f"send {call.call_id}", call.sent, call.send_ended or call.sent)
             for rank in call.ranks:
-                self._flow("s", call, rank, _DRIVER, 1, call.sent)
+                self._flow("s", f"{call_id}.{rank}", _DRIVER, 1, call.sent)
         if call.decoded:
-            self._phase(call_id, "aggregate", call.decoded, call.done)
-            self._slice(_DRIVER, 1, f"aggregate {call.call_id}", call.decoded, call.done)
+            self._asynchronous(call_id, "aggregate", call.decoded, done)
+            self._slice(_DRIVER, 1, f"aggregate {call.call_id}", call.decoded, done)
             for reply in call.replies:
-                self._flow("f", call, reply.rank, _DRIVER, 1, call.decoded)
+                self._flow("f", f"{call_id}.{reply.rank}", _DRIVER, 1, call.decoded)
+        self._mark("e", call_id, name, done)
         if outcome != "ok":
-            self._instant(f"{name}: {outcome}", call.done)
-        self.events.append(_end(call_id, name, call.done))
+            self._instant(f"{name}: {outcome}", done)
 
     def _add_span(self, rank: int, span: RankSpan) -> None:
         """A rank's part: on the main thread the method; on the completion thread what was left for it."""
-        if rank not in self._offsets:
+        if rank not in self._clocks:
             self._name_rank(rank)
-            self._offsets[rank] = RankReport(rank, "dead")
+            self._clocks[rank] = RankReport(rank, "dead")
         offset, pid, main = self._offset(rank), rank + 2, _tid(rank)
         received, ended, replied = span.received - offset, span.ended - offset, span.replied - offset
         began = span.began - offset if span.began else ended
         name = f"{span.method} {span.call_id}"
-        completing = span.completing - offset if span.completing else 0
-        on_main = replied if span.replied and not completing else ended
-        self._slice(pid, main, name, received, on_main, json.dumps({"epoch": span.epoch, "answer": span.answer}))
+        on_main = replied if span.replied and not span.completing else ended
+        self._slice(pid, main, name, received, on_main, {"epoch": span.epoch, "answer": span.answer})
         self._slice(pid, main, "decode", received, began)
         self._slice(pid, main, "run", began, ended)
-        if completing:
+        if span.completing:
+            completing = span.completing - offset
             ready = span.ready - offset if span.ready else completing
             self._slice(pid, main + 1, f"output of {name}", completing, replied if span.replied else ready)
             if span.ready:
@@ -201,40 +221,39 @@ class Timeline:
                 self._slice(pid, main + 1, "reply", ready, replied)
         elif span.replied:
             self._slice(pid, main, "reply", ended, replied)
-        self._flow("t" if span.answer == "REPLY" else "f", span, rank, pid, main, received)
+        goes_on = "t" if span.answer == "REPLY" else "f"
+        self._flow(goes_on, f"{span.epoch}.{span.call_id}.{rank}", pid, main, received)
 
     def _name_rank(self, rank: int) -> None:
         self._name(rank + 2, f"rank {rank}", _tid(rank), ("main thread", "completion thread"))
 
     def _name(self, pid: int, process: str, tid: int, threads: Iterable[str]) -> None:
-        first = 1 if pid == _DRIVER else tid
-        self.events.append(f'{{"ph":"M","name":"process_name","pid":{pid},"args":{{"name":"{process}"}}}}')
-        self.events.append(f'{{"ph":"M","name":"process_sort_index","pid":{pid},"args":{{"sort_index":{pid}}}}}')
+        self._add({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": process}})
+        self._add({"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}})
         for n, thread in enumerate(threads):
-            self.events.append(
-                f'{{"ph":"M","name":"thread_name","pid":{pid},"tid":{first + n},"args":{{"name":"{thread}"}}}}'
-            )
+            self._add({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid + n, "args": {"name": thread}})
 
-    def _slice(self, pid: int, tid: int, name: str, began: int, ended: int, args: str = "{}") -> None:
-        self.events.append(
-            f'{{"ph":"X","cat":"step","name":{json.dumps(name)},"pid":{pid},"tid":{tid},"ts":{_us(began)},'
-            f'"dur":{_us(max(ended - began, 0))},"args":{args}}}'
-        )
+    def _slice(self, pid: int, tid: int, name: str, began: int, ended: int, args: Any = _NONE) -> None:
+        times = {"ts": began / 1e3, "dur": max(ended - began, 0) / 1e3}
+        self._add({"ph": "X", "cat": "step", "name": name, "pid": pid, "tid": tid, **times, "args": args})
 
-    def _phase(self, call_id: str, name: str, began: int, ended: int) -> None:
-        self.events += (_begin(call_id, name, began), _end(call_id, name, ended))
+    def _asynchronous(self, call_id: str, name: str, began: int, ended: int) -> None:
+        self._mark("b", call_id, name, began)
+        self._mark("e", call_id, name, ended)
 
-    def _flow(self, kind: str, call: CallRecord | RankSpan, rank: int, pid: int, tid: int, at: int) -> None:
-        binding = ',"bp":"e"' if kind == "f" else ""
-        self.events.append(
-            f'{{"ph":"{kind}","cat":"flow","name":"step","id":"{call.epoch}.{call.call_id}.{rank}","pid":{pid},'
-            f'"tid":{tid},"ts":{_us(at)}{binding}}}'
-        )
+    def _mark(self, kind: str, call_id: str, name: str, at: int, args: Any = _NONE) -> None:
+        place = {"cat": "call", "id": call_id, "name": name, "pid": _DRIVER, "tid": 1}
+        self._add({"ph": kind, **place, "ts": at / 1e3, "args": args})
+
+    def _flow(self, kind: str, flow_id: str, pid: int, tid: int, at: int) -> None:
+        place = {"cat": "flow", "id": flow_id, "name": "step", "pid": pid, "tid": tid}
+        self._add({"ph": kind, **place, "ts": at / 1e3, "bp": "e"})
 
     def _instant(self, name: str, at: int) -> None:
-        self.events.append(
-            f'{{"ph":"i","s":"t","cat":"step","name":{json.dumps(name)},"pid":{_DRIVER},"tid":1,"ts":{_us(at)}}}'
-        )
+        self._add({"ph": "i", "s": "t", "cat": "step", "name": name, "pid": _DRIVER, "tid": 1, "ts": at / 1e3})
+
+    def _add(self, event: dict[str, Any]) -> None:
+        self.events.append(_encode(event))
 
 
 class Trace:
@@ -328,7 +347,7 @@ class Trace:
                 ending = self._ending
                 with contextlib.suppress(AsyncExecError):  # closed meanwhile: there is nobody to ask
                     await self._fetch()
-                await timeline.add_reports()
+                await timeline.catch_up()
                 if ending:
                     self._detach(self, timeline)
                     timeline.end()
@@ -362,11 +381,11 @@ def _create(path: Path) -> IO[bytes]:
     return file
 
 
-def _append(file: IO[bytes], events: list[str]) -> None:
+def _append(file: IO[bytes], events: list[bytes]) -> None:
     """Write events over the closing bracket, and the bracket behind them."""
     file.seek(-2, os.SEEK_END)
-    comma = ",\n" if file.tell() > 2 else ""
-    file.write((comma + ",\n".join(events) + "\n]").encode())
+    comma = b",\n" if file.tell() > 2 else b""
+    file.write(comma + b",\n".join(events) + b"\n]")
     file.flush()
 
 
@@ -381,21 +400,3 @@ def _id(call: CallRecord) -> str:
 def _tid(rank: int) -> int:
     """Of its main thread; the completion thread's is the next.  Perfetto wants them to differ between processes."""
     return 10 * (rank + 2)
-
-
-def _us(nanoseconds: int) -> str:
-    """Microseconds with the nanoseconds, which a float of so long a time would round."""
-    return f"{nanoseconds // 1000}.{nanoseconds % 1000:03}"
-
-
-def _begin(call_id: str, name: str, at: int, args: str = "{}") -> str:
-    return (
-        f'{{"ph":"b","cat":"call","id":"{call_id}","name":{json.dumps(name)},"pid":{_DRIVER},"tid":1,"ts":{_us(at)},'
-        f'"args":{args}}}'
-    )
-
-
-def _end(call_id: str, name: str, at: int) -> str:
-    return (
-        f'{{"ph":"e","cat":"call","id":"{call_id}","name":{json.dumps(name)},"pid":{_DRIVER},"tid":1,"ts":{_us(at)}}}'
-    )

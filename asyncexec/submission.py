@@ -92,7 +92,7 @@ class Submission(msgspec.Struct, eq=False):
     def complete(self, call: Call) -> None:
         """Have the aggregator finish, and answer the caller unless it has been answered already."""
         decoded = time.monotonic_ns()
-        if self.record is not None:
+        if self.record is not None and not call.answered:
             self.record.decoded = decoded
         failed = call.answered or self.error is not None or not call.has_outputs
         result: Any = None

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import workers
 
-from asyncexec import ConfigError, ExecutorConfig, StepTimeout, WorkerDied, WorkerError, create_executor
+from asyncexec import ConfigError, DeferredOutput, ExecutorConfig, StepTimeout, WorkerDied, WorkerError, create_executor
 from asyncexec.inspection import Activity, RankReport, RankSpan, Report
 from asyncexec.observing import CallRecord, RankReply
 from asyncexec.supervision import inspect_ranks
@@ -247,7 +247,8 @@ def test_a_killed_driver_leaves_valid_json(tmp_path: Path) -> None:
 
 
 async def test_another_hosts_clock_is_put_right() -> None:
-    ahead, due = 10**12, []
+    ahead = 10**12
+    due: list[float] = []
     timeline = Timeline(due.append)
     now = time.monotonic_ns()
     call = CallRecord("execute_model", (0,), True, now, now, (timeline,), 7, 1, sent=now)
@@ -289,7 +290,7 @@ def test_the_request_travels_with_the_call(acknowledge: bool, trace: bool) -> No
     assert [(frame.acknowledge, frame.trace) for frame in frames] == [(acknowledge, trace)]
 
 
-class _Late(workers.DeferredOutput[str]):
+class _Late(DeferredOutput[str]):
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 

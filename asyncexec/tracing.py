@@ -27,8 +27,8 @@ from asyncexec.observing import CallRecord
 
 logger = logging.getLogger("asyncexec")
 
-_FETCH_EVERY = 256
-"""Calls after which the ranks are asked for what they noted; they keep sixteen times as much."""
+_FETCH_EVERY = 64
+"""Calls after which the ranks are asked for what they noted; they keep 4096, in case the driver is late."""
 
 _FLUSH_AFTER = 1.0
 """Seconds that something may wait to be written: what is lost at most when the driver is killed."""

@@ -151,8 +151,10 @@ def measure(layout: str, seconds: float, steps: int, rounds: int, before: Path) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=100, help="of one round")
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument(
+        "--steps", type=int, default=512, help="of one round; what the last 64 leave to a trace may fall outside it"
+    )
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

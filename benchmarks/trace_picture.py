@@ -55,7 +55,7 @@ def draw(events: list[Event]) -> str:
     tops = {track: TOP + n * (2 * ROW + 14) for n, track in enumerate(sorted(used))}
 
     def x(ts: float) -> float:
-        return LEFT + (ts - began) / span * (WIDTH - LEFT - 8)
+        return float(LEFT + (ts - began) / span * (WIDTH - LEFT - 8))
 
     parts = []
     for (pid, tid), top in tops.items():

@@ -56,7 +56,10 @@ async def test_prometheus() -> None:
             assert value("in_flight", executor=name) == value("queued", executor=name) == 0
             assert value("undelivered_replies_total", executor=name, reason="late") == 0
             assert value("failed", executor=name) == 0
-        assert value("rank_state", executor="two", rank="1", state="idle") == 1
+        # rank 1 may be in the failed call still
+        assert (
+            sum(value("rank_state", executor="two", rank="1", state=state) or 0 for state in ("idle", "running")) == 1
+        )
         assert value("rank_state", executor="two", rank="1", state="dead") == 0
         with pytest.raises(ConfigError, match="observed as 'one' already"):
             metrics.observe(two, "one")
@@ -98,7 +101,8 @@ async def test_opentelemetry() -> None:
     }
     assert durations == dict.fromkeys(("total", "queued", "running", "aggregation"), 3)
     states = {(point.attributes["rank"], point.attributes["state"]) for point in points["asyncexec.rank.state"]}
-    assert states == {(0, "idle"), (1, "idle")}
+    assert {rank for rank, _ in states} == {0, 1}
+    assert {state for _, state in states} <= {"idle", "running"}  # one may be in the failed call still
 
 
 async def test_who_no_longer_observes_is_not_told() -> None:

@@ -156,6 +156,7 @@ def main() -> int:
         "--steps", type=int, default=512, help="of one round; what the last 64 leave to a trace may fall outside it"
     )
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--milliseconds", nargs="+", type=float, default=[0.0, 1.0], help="of work in a step")
     parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -164,8 +165,8 @@ def main() -> int:
     print("layout    step      pair                us a step, medians   ratio [95%]         difference, us [95%]")
     with checkout_before() as before:
         for layout in arguments.layouts:
-            for seconds in (0.0, 1e-3):
-                measure(layout, seconds, arguments.steps, arguments.rounds, before)
+            for milliseconds in arguments.milliseconds:
+                measure(layout, milliseconds / 1e3, arguments.steps, arguments.rounds, before)
     return 0
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import anyio
 import msgspec
 
-from asyncexec.aggregate import Aggregator
+from asyncexec.aggregate import STEP_METHODS, Aggregator
 from asyncexec.codec import Codec
 from asyncexec.config import ExecutorConfig
 from asyncexec.errors import AsyncExecError, CallError, ExecutorClosed, StepTimeout, WorkerError
 from asyncexec.future import StepFuture
+from asyncexec.observing import CallRecord, Observer
 from asyncexec.runtime import RemoteFailure
 from asyncexec.submission import Reply, Submission
 from asyncexec.transport import Transport
@@ -61,6 +62,8 @@ class Calls:
         self._timer: asyncio.Handle | None = None
         self._timer_at = 0.0
         self._steps = 0
+        self.observers: tuple[Observer, ...] | None = None
+        self.traces = False
 
     def begin(self, loop: asyncio.AbstractEventLoop) -> None:
         """Work on this loop from now on."""
@@ -75,6 +78,16 @@ class Calls:
     def are_done(self) -> bool:
         """Whether no call is in flight or waits."""
         return not self._window.in_flight + self._window.queued
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that were sent and are not done."""
+        return self._window.in_flight
+
+    @property
+    def queued(self) -> int:
+        """Calls that wait to be sent."""
+        return self._window.queued
 
     @property
     def has_room(self) -> bool:
@@ -127,6 +140,8 @@ class Calls:
         decisions = self._window.submit(call, self._loop.time())
         future.call_id = frame.call_id = call.call_id
         frame.epoch = call.epoch
+        if self.observers is not None:
+            self._tell(self.observers, submission, call)
         self._carry_out(decisions)
         self._arm_timer()
         return future
@@ -190,6 +205,16 @@ class Calls:
             self._changed.set()
             self._changed = None
 
+    def _tell(self, observers: tuple[Observer, ...], submission: Submission, call: Call) -> None:
+        """Have observers told of this call from now on."""
+        marks = submission.submitted, submission.encoded
+        is_step = call.method in STEP_METHODS and call.ordered
+        record = CallRecord(call.method, call.ranks, is_step, *marks, observers, call.call_id, call.epoch)
+        submission.record, submission.frame.trace = record, self.traces
+        submission.future.observe(record)
+        for observer in observers:
+            observer.call_submitted(record)
+
     def _rank_raised(self, rank: int, frame: Frame) -> list[Decision]:
         failure = msgspec.msgpack.decode(frame.body, type=RemoteFailure)
         call = self._window.find(frame.call_id, frame.epoch)
@@ -249,6 +274,8 @@ class Calls:
             submission.begin(decision.call)
             self._transport.send(submission.frame, decision.call.ranks)
             submission.send_ended = time.monotonic_ns()
+            if submission.record is not None:
+                submission.record.send_ended = submission.send_ended
         elif isinstance(decision, Take):
             submission.take(decision.call, decision.rank, decision.output, self._codec)
         elif isinstance(decision, Complete):

@@ -17,6 +17,9 @@ ENVIRONMENT_PREFIX = "ASYNCEXEC_"
 _OWN_KEYS = 3
 """Steps into tables whose names are ours: deepest are those of a transport's options."""
 
+TRACE_VARIABLE = "ASYNCEXEC_TRACE"
+"""Names the file that an executor's trace is written to, from start to end: no key of the configuration."""
+
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 
 
@@ -168,7 +171,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         """
         values: dict[str, Any] = {}
         for variable, text in environment.items():
-            if not variable.startswith(ENVIRONMENT_PREFIX):
+            if not variable.startswith(ENVIRONMENT_PREFIX) or variable == TRACE_VARIABLE:
                 continue
             *tables, key = _keys(variable.removeprefix(ENVIRONMENT_PREFIX))
             table = values

@@ -3,10 +3,13 @@
 import asyncio
 import enum
 import functools
+import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -15,7 +18,7 @@ from asyncexec.aggregate import STEP_METHODS, Aggregator, AllRanks, FirstRank, m
 from asyncexec.broadcasting import Broadcaster
 from asyncexec.calls import Calls
 from asyncexec.codec import Codec
-from asyncexec.config import ExecutorConfig, ReconfigureDistributedRequest, convert
+from asyncexec.config import TRACE_VARIABLE, ExecutorConfig, ReconfigureDistributedRequest, convert
 from asyncexec.errors import (
     AsyncExecError,
     ConfigError,
@@ -31,11 +34,13 @@ from asyncexec.errors import (
 from asyncexec.executor import Executor
 from asyncexec.future import StepFuture
 from asyncexec.inspection import Report
+from asyncexec.observing import Observer
 from asyncexec.pickling import dumps
 from asyncexec.registry import load_transport, transport_names
 from asyncexec.reporting import Reporter
 from asyncexec.runtime import WorkerSpec, load_worker_class
 from asyncexec.supervision import inspect_ranks, require_health
+from asyncexec.tracing import Timeline, Trace
 from asyncexec.transport import RankLoss, Transport
 from asyncexec.window import Call, Counters
 from asyncexec.wire import Frame, FrameKind
@@ -47,6 +52,9 @@ _DEATH_LIMIT = 1.0
 
 _ALL = AllRanks()
 _FIRST = FirstRank()
+
+_own_traces = itertools.count(1)
+"""Numbers the executors of this process that trace themselves, for each needs a file of its own."""
 
 
 def create_executor(
@@ -125,6 +133,7 @@ class Driver(Executor):
         self._failure: AsyncExecError | None = None
         self._failure_callbacks: list[Callable[[AsyncExecError], None]] = []
         self._stillborn: dict[int, WorkerDied] = {}
+        self._traces: list[Trace] = []
 
     # ------------------------------------------------------------------------------------------------ lifecycle
 
@@ -148,6 +157,9 @@ class Driver(Executor):
             self._check_starting()
             await self._reporter.open()
             self._check_starting()
+            if path := os.environ.get(TRACE_VARIABLE):
+                await self.trace(_own_trace(path)).start()
+                self._check_starting()
         except BaseException as error:
             self.abort()
             await self.aclose()
@@ -181,6 +193,7 @@ class Driver(Executor):
         self._state = _State.CLOSING
         try:
             await self._reporter.close()
+            await self._stop_traces()  # while there are ranks to ask
         finally:
             try:
                 await self._transport.close()
@@ -454,10 +467,54 @@ class Driver(Executor):
     def counters(self) -> Counters:
         return self._calls.counters
 
+    @property
+    def in_flight(self) -> int:
+        return self._calls.in_flight
+
+    @property
+    def queued(self) -> int:
+        return self._calls.queued
+
+    def add_observer(self, observer: Observer) -> None:
+        self._observe((*self._calls.observers, observer) if self._calls.observers else (observer,))
+
+    def remove_observer(self, observer: Observer) -> None:
+        self._observe(tuple(other for other in self._calls.observers or () if other is not observer))
+
+    def _observe(self, observers: tuple[Observer, ...]) -> None:
+        self._calls.observers = observers or None
+        self._calls.traces = any(isinstance(observer, Timeline) for observer in observers)
+
+    def trace(self, path: str | os.PathLike[str]) -> Trace:
+        def attach(trace: Trace, timeline: Timeline) -> None:
+            self._traces.append(trace)
+            self.add_observer(timeline)
+
+        def detach(trace: Trace, timeline: Timeline) -> None:
+            if trace in self._traces:
+                self._traces.remove(trace)
+            self.remove_observer(timeline)
+
+        async def fetch() -> None:
+            if self._failure is None and not self._aborted:  # else the ranks have been killed
+                await self.report()
+
+        return Trace(path, attach, detach, fetch)
+
+    async def _stop_traces(self) -> None:
+        for trace in tuple(self._traces):
+            try:
+                await trace.stop()
+            except AsyncExecError:
+                logger.debug("said already, and again to who stops it", exc_info=True)
+
     async def report(self) -> Report:
         if not self._opened:
             raise ExecutorClosed(f"the executor {self._state.value}: it has no ranks to report of")
-        return await inspect_ranks(self._transport, self._ranks, self._config.timeouts.report)
+        report = await inspect_ranks(self._transport, self._ranks, self._config.timeouts.report)
+        for observer in self._calls.observers or ():
+            observer.ranks_reported(report)
+        return report
 
     async def _report_text(self) -> str:
         config = self._config
@@ -499,6 +556,8 @@ class Driver(Executor):
         self._failure = cause
         self._calls.fail_all(error_for)
         self._transport.abort()
+        for observer in self._calls.observers or ():
+            observer.executor_failed(cause)
         for callback in self._failure_callbacks:
             self._loop.call_soon(callback, cause)
 
@@ -536,6 +595,12 @@ def _refuse_unknown_tables(config: ExecutorConfig) -> None:
     for name in config.options:
         if name not in installed:
             raise ConfigError(f"options.{name}: there is no such transport; installed: {', '.join(installed)}")
+
+
+def _own_trace(path: str) -> Path:
+    """The file that ASYNCEXEC_TRACE names; for further executors of this process, one beside it with a number."""
+    file, number = Path(path), next(_own_traces)
+    return file if number == 1 else file.with_stem(f"{file.stem}.{number}")
 
 
 async def _outlast(task: asyncio.Task[None]) -> None:

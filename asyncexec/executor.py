@@ -1,6 +1,7 @@
 """The Executor: what an engine's loop talks to."""
 
 import abc
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +11,8 @@ from asyncexec.config import ExecutorConfig, ReconfigureDistributedRequest
 from asyncexec.errors import AsyncExecError
 from asyncexec.future import StepFuture
 from asyncexec.inspection import Report
+from asyncexec.observing import Observer
+from asyncexec.tracing import Trace
 from asyncexec.window import Counters
 
 
@@ -207,6 +210,35 @@ class Executor(abc.ABC):
     @abc.abstractmethod
     def counters(self) -> Counters:
         """Replies that came too late, from ranks that are gone, or never."""
+
+    @property
+    @abc.abstractmethod
+    def in_flight(self) -> int:
+        """Calls that were sent and are not done."""
+
+    @property
+    @abc.abstractmethod
+    def queued(self) -> int:
+        """Calls that wait for their turn in the driver."""
+
+    @abc.abstractmethod
+    def add_observer(self, observer: Observer) -> None:
+        """Have `observer` told of the calls submitted from now on."""
+
+    @abc.abstractmethod
+    def remove_observer(self, observer: Observer) -> None:
+        """Tell `observer` of no further calls; nothing happens where it does not observe."""
+
+    @abc.abstractmethod
+    def trace(self, path: str | os.PathLike[str]) -> Trace:
+        """Write a timeline of the steps to a file that Perfetto opens: `async with executor.trace(path): ...`.
+
+        Its `start` and `stop` do the same without a block.  The end of the executor ends it too.  Where the variable
+        ASYNCEXEC_TRACE names a file, the executor traces itself from start to end.
+
+        Args:
+            path: of the file, which is overwritten.
+        """
 
     @abc.abstractmethod
     async def report(self) -> Report:

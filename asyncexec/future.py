@@ -7,6 +7,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from asyncexec.observing import CallRecord
+
 T = TypeVar("T")
 
 
@@ -41,7 +43,7 @@ class StepFuture(Generic[T]):
     Futures are made by an Executor, belong to its event loop, and are done exactly once.
     """
 
-    __slots__ = ("_done", "_error", "_loop", "_measure", "_result", "_waiters", "call_id")
+    __slots__ = ("_done", "_error", "_loop", "_measure", "_record", "_result", "_waiters", "call_id")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -51,6 +53,7 @@ class StepFuture(Generic[T]):
         self._waiters: list[asyncio.Future[None] | ConcurrentFuture[T]] = []
         self.call_id = 0
         self._measure: Callable[[], StepTiming] | None = None
+        self._record: CallRecord | None = None
 
     def __await__(self) -> Generator[Any, None, T]:
         if not self._done:
@@ -61,6 +64,8 @@ class StepFuture(Generic[T]):
             finally:
                 if not self._done:
                     self._waiters.remove(waiter)
+                if self._record is not None:
+                    self._record.await_ended(not self._done)
         return self.result()
 
     def done(self) -> bool:
@@ -111,6 +116,10 @@ class StepFuture(Generic[T]):
         self._error = error
         self._finish()
 
+    def observe(self, record: CallRecord) -> None:
+        """Tell the record's observers what becomes of the future; for executors."""
+        self._record = record
+
     def _attach(self, view: ConcurrentFuture[T]) -> None:
         if self._done:
             self._pass_on(view)
@@ -121,6 +130,8 @@ class StepFuture(Generic[T]):
         if self._done:
             raise asyncio.InvalidStateError("the call is done already")
         self._done = True
+        if self._record is not None:
+            self._record.settle(self._error)
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if isinstance(waiter, ConcurrentFuture):

@@ -3,19 +3,52 @@
 Asking works while the rank's main thread is busy or stuck, as long as it does not hold the interpreter's lock.
 """
 
+import collections
 import contextlib
 import faulthandler
+import functools
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 import msgspec
 
+_MAX_SPANS = 4096
+"""So many traced calls a rank keeps until it is asked for them."""
+
 RankState = Literal["idle", "running", "stopped", "silent", "dead"]
+
+
+class RankSpan(msgspec.Struct, array_like=True):
+    """When a rank did what for one traced call: nanoseconds of its CLOCK_MONOTONIC, 0 for what did not happen.
+
+    Attributes:
+        call_id, epoch: of the call.
+        method: its name.
+        received: the main thread took the call up.
+        began: the arguments were decoded, and the worker's method began.
+        ended: it had returned.
+        completing: the completion thread took the output up, which is a deferred one or behind one.
+        ready: a deferred output was there.
+        replied: the transport was given the answer.
+        answer: "REPLY", "ERROR", "SKIPPED" or "DONE"; empty where none was owed.
+    """
+
+    call_id: int
+    epoch: int
+    method: str
+    received: int
+    began: int = 0
+    ended: int = 0
+    completing: int = 0
+    ready: int = 0
+    replied: int = 0
+    answer: str = ""
 
 
 class RankReport(msgspec.Struct, frozen=True):
@@ -33,6 +66,11 @@ class RankReport(msgspec.Struct, frozen=True):
         waiting_in: the collective or pipeline transfer that its main thread is in; None where it is in none.
         stacks: the Python stacks of all its threads.
         kernel: what the kernel says of its process, where it was asked.
+        spans: of the calls traced since the report before, oldest first; see `Executor.trace`.
+        clock: its CLOCK_MONOTONIC when it answered, in nanoseconds.
+        boot: of its host: the clocks of one boot are one clock.
+        clock_offset: what its clock is ahead of the driver's, in nanoseconds; 0 on the driver's host.
+        clock_error: that much `clock_offset` may be off, in nanoseconds: half of the question's round trip.
     """
 
     rank: int
@@ -45,6 +83,11 @@ class RankReport(msgspec.Struct, frozen=True):
     waiting_in: str | None = None
     stacks: str = ""
     kernel: str = ""
+    spans: list[RankSpan] = []
+    clock: int = 0
+    boot: str = ""
+    clock_offset: int = 0
+    clock_error: int = 0
 
     def __str__(self) -> str:
         doing: str = self.state
@@ -119,6 +162,7 @@ class Activity:
         self._transfer: str | None = None
         self._progress = 0
         self._progressed = self._since
+        self._spans: collections.deque[RankSpan] = collections.deque(maxlen=_MAX_SPANS)
 
     def begin(self, method: str, call_id: int) -> None:
         """The main thread takes up a call."""
@@ -149,6 +193,10 @@ class Activity:
         self._progress += 1
         self._progressed = time.monotonic_ns()
 
+    def keep(self, span: RankSpan) -> None:
+        """Have the next report tell of a traced call; of too many, the oldest are forgotten.  On any thread."""
+        self._spans.append(span)
+
     def report(self, rank: int, *, deferred: bool = False) -> RankReport:
         """What the rank is doing, with the stacks of all threads of its process; `deferred`: it still owes outputs."""
         now = time.monotonic_ns()
@@ -163,7 +211,23 @@ class Activity:
             (now - self._progressed) / 1e9,
             (self._transfer or _collective(sys._current_frames().get(self._thread))) if running else None,
             _stacks(),
+            spans=self._take_spans(),
+            clock=now,
+            boot=boot_id(),
         )
+
+    def _take_spans(self) -> list[RankSpan]:
+        spans = []
+        with contextlib.suppress(IndexError):  # another thread may append meanwhile
+            for _ in range(_MAX_SPANS):
+                spans.append(self._spans.popleft())
+        return spans
+
+
+@functools.cache
+def boot_id() -> str:
+    """What the kernel calls the time since this host was booted."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def _collective(frame: FrameType | None) -> str | None:

@@ -14,7 +14,7 @@ import msgspec
 from asyncexec.buckets import Bucket
 from asyncexec.codec import Codec, Payload
 from asyncexec.errors import ConfigError, PayloadError
-from asyncexec.inspection import Activity
+from asyncexec.inspection import Activity, RankSpan
 from asyncexec.outputs import DeferredOutput, IntermediateTensors
 from asyncexec.pickling import loads
 from asyncexec.transport import RankLink
@@ -212,17 +212,11 @@ class RankRuntime:
         started = time.monotonic_ns()
         is_step = frame.method == self._step_method
         stage = _Stage(self._link, self._context, self._activity, frame.call_id) if is_step else None
-        self._activity.begin(self._codec.method_name(frame.method) or "a callable", frame.call_id)
+        method = self._codec.method_name(frame.method) or "a callable"
+        span = RankSpan(frame.call_id, frame.epoch, method, started) if frame.trace else None
+        self._activity.begin(method, frame.call_id)
         try:
-            call = self._codec.decode_call(Payload(frame.method, frame.body, frame.buffers))
-            if stage is not None:
-                output = stage.run(self._worker.execute_model, *call.args, **call.kwargs)
-            elif isinstance(call.target, Bucket):
-                output = call.target(self._worker, self._link.read_staged)
-            elif callable(call.target):
-                output = call.target(self._worker, *call.args, **call.kwargs)
-            else:
-                output = getattr(self._worker, call.target)(*call.args, **call.kwargs)
+            output = self._run(frame, stage, span)
         except _EarlierStageFailed:
             owed = self._wanted(frame) or frame.acknowledge
             reply = _answer(FrameKind.SKIPPED, frame, started) if owed else None
@@ -230,27 +224,55 @@ class RankRuntime:
             reply = self._error(frame, error, started)
         else:
             if isinstance(output, DeferredOutput):
-                self._replies.defer(lambda: self._resolve(frame, output, started))
-                reply = None
+                self._defer(frame, output, started, span)
+                reply = span = None
             else:
                 reply = self._reply(frame, output, started)
+        if span is not None:
+            span.ended = time.monotonic_ns() if reply is None else reply.ended_ns
         self._activity.end()  # before the reply: who has it may ask at once what the rank is doing
-        if reply is not None:
-            self._send(reply)
+        self._answer_with(reply, span)
         if stage is not None:
             stage.release_next()
+
+    def _run(self, frame: Frame, stage: "_Stage | None", span: RankSpan | None) -> Any:
+        """Decode the call, and run it; returns its output."""
+        call = self._codec.decode_call(Payload(frame.method, frame.body, frame.buffers))
+        if span is not None:
+            span.began = time.monotonic_ns()
+        if stage is not None:
+            return stage.run(self._worker.execute_model, *call.args, **call.kwargs)
+        if isinstance(call.target, Bucket):
+            return call.target(self._worker, self._link.read_staged)
+        if callable(call.target):
+            return call.target(self._worker, *call.args, **call.kwargs)
+        return getattr(self._worker, call.target)(*call.args, **call.kwargs)
 
     def _wanted(self, frame: Frame) -> bool:
         return frame.reply_to in (ALL_RANKS, self._context.rank)
 
-    def _resolve(self, frame: Frame, output: DeferredOutput[Any], started: int) -> None:
+    def _defer(self, frame: Frame, output: DeferredOutput[Any], started: int, span: RankSpan | None) -> None:
+        """Have the completion thread wait for an output."""
+        if span is not None:
+            span.ended = time.monotonic_ns()
+        self._replies.defer(lambda: self._resolve(frame, output, started, span))
+
+    def _resolve(self, frame: Frame, output: DeferredOutput[Any], started: int, span: RankSpan | None) -> None:
+        if span is not None:
+            span.completing = time.monotonic_ns()
+        reply: Frame | None
         try:
             value = output.wait()
         except BaseException as error:  # noqa: BLE001 - on this thread SystemExit would end nothing but later replies
-            self._link.send(self._error(frame, error, started))
+            reply = self._error(frame, error, started)
         else:
-            if (reply := self._reply(frame, value, started)) is not None:
-                self._link.send(reply)
+            reply = self._reply(frame, value, started)
+        if span is not None:
+            span.ready = time.monotonic_ns() if reply is None else reply.ended_ns
+        if reply is not None:
+            self._send_now(reply, span)
+        elif span is not None:
+            self._activity.keep(span)
 
     def _reply(self, frame: Frame, value: Any, started: int) -> Frame | None:
         """What to say of a call that returned `value`; None where nobody wants to know."""
@@ -274,12 +296,34 @@ class RankRuntime:
         reply.body = msgspec.msgpack.encode(failure)
         return reply
 
-    def _send(self, reply: Frame) -> None:
+    def _answer_with(self, reply: Frame | None, span: RankSpan | None) -> None:
+        """Send what is owed, if anything is, or only keep note of the call."""
+        if reply is not None:
+            self._send(reply, span)
+        elif span is not None:
+            self._activity.keep(span)
+
+    def _send(self, reply: Frame, span: RankSpan | None = None) -> None:
         """Send a reply behind those that are still waited for."""
         if self._replies.busy:
-            self._replies.defer(lambda: self._link.send(reply))
-        else:
+            self._replies.defer(lambda: self._send_behind(reply, span))
+        elif span is None:
             self._link.send(reply)
+        else:
+            self._send_now(reply, span)
+
+    def _send_behind(self, reply: Frame, span: RankSpan | None) -> None:
+        if span is not None:
+            span.completing = time.monotonic_ns()
+        self._send_now(reply, span)
+
+    def _send_now(self, reply: Frame, span: RankSpan | None) -> None:
+        """Send a reply, and keep note of it before the driver can have it: who has it may ask for the note."""
+        if span is not None:
+            span.answer = reply.kind.name
+            span.replied = time.monotonic_ns()
+            self._activity.keep(span)
+        self._link.send(reply)
 
 
 def _answer(kind: FrameKind, frame: Frame, started: int) -> Frame:

@@ -11,6 +11,7 @@ from asyncexec.aggregate import Aggregator
 from asyncexec.codec import Codec, Payload
 from asyncexec.errors import AggregationError, CallError, PayloadError
 from asyncexec.future import StepFuture, StepTiming
+from asyncexec.observing import CallRecord, RankReply
 from asyncexec.window import Call
 from asyncexec.wire import Frame
 
@@ -43,6 +44,7 @@ class Submission(msgspec.Struct, eq=False):
         output: of `output_rank`, once it is there.
         error: the first error of decoding or merging.
         last: the reply that came last.
+        record: for observers, if there are any.
     """
 
     frame: Frame
@@ -58,10 +60,13 @@ class Submission(msgspec.Struct, eq=False):
     output: Any = None
     error: CallError | None = None
     last: Reply | None = None
+    record: CallRecord | None = None
 
     def begin(self, call: Call) -> None:
         """The call is about to be sent."""
         self.send_began = time.monotonic_ns()
+        if self.record is not None:
+            self.record.sent = self.send_began
         try:
             self.partial = self.aggregator.begin(self.ranks)
         except Exception as cause:  # noqa: BLE001 - an aggregator may be anybody's code, and raise anything
@@ -70,6 +75,8 @@ class Submission(msgspec.Struct, eq=False):
     def take(self, call: Call, rank: int, reply: Reply, codec: Codec) -> None:
         """Decode a rank's output, and merge it with those that are there."""
         self.last, frame = reply, reply.frame
+        if self.record is not None:
+            self.record.replies.append(RankReply(rank, frame.started_ns, frame.ended_ns, reply.received))
         try:
             output = codec.decode_result(Payload(frame.method, frame.body, frame.buffers))
         except Exception as cause:  # noqa: BLE001 - decoding runs code of the worker's author, which may raise anything
@@ -85,6 +92,8 @@ class Submission(msgspec.Struct, eq=False):
     def complete(self, call: Call) -> None:
         """Have the aggregator finish, and answer the caller unless it has been answered already."""
         decoded = time.monotonic_ns()
+        if self.record is not None and not call.answered:
+            self.record.decoded = decoded
         failed = call.answered or self.error is not None or not call.has_outputs
         result: Any = None
         try:

@@ -1,12 +1,13 @@
 """Asking all ranks what they do, and judging from it whether they are well."""
 
+import time
 from collections.abc import Sequence
 
 import anyio
 import msgspec
 
 from asyncexec.errors import RankUnhealthy
-from asyncexec.inspection import RankReport, RankState, Report
+from asyncexec.inspection import RankReport, RankState, Report, boot_id
 from asyncexec.transport import KernelState, Transport
 
 _WITHOUT_AN_ANSWER: dict[str, RankState] = {"running": "silent", "stopped": "stopped", "dead": "dead"}
@@ -19,7 +20,9 @@ async def inspect_ranks(transport: Transport, ranks: Sequence[int], limit: float
     async def ask(rank: int) -> None:
         try:
             with anyio.move_on_after(limit):
-                reports[rank] = msgspec.msgpack.decode(await transport.inspect(rank), type=RankReport)
+                asked = time.monotonic_ns()
+                answer = await transport.inspect(rank)
+                reports[rank] = _on_our_clock(msgspec.msgpack.decode(answer, type=RankReport), asked)
         except (ConnectionError, msgspec.DecodeError):
             pass  # it is gone, or could not say: the kernel knows something
         if rank not in reports:
@@ -45,6 +48,15 @@ def require_health(report: Report, limit: float) -> None:
     if ill:
         reasons = "; ".join(map(str, ill))
         raise RankUnhealthy(f"no progress for {limit:g} s: {reasons}", [rank.rank for rank in ill], report)
+
+
+def _on_our_clock(report: RankReport, asked: int) -> RankReport:
+    """Say how far the rank's clock is off, by the middle of the round trip (as NTP does)."""
+    if report.boot == boot_id():
+        return report
+    answered = time.monotonic_ns()
+    offset, error = report.clock - (asked + answered) // 2, (answered - asked + 1) // 2
+    return msgspec.structs.replace(report, clock_offset=offset, clock_error=error)
 
 
 def _from_kernel(rank: int, kernel: KernelState) -> RankReport:

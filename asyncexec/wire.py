@@ -31,7 +31,7 @@ class Buffers(list[Buffer]):
 
 
 MAGIC = 0xAE5C
-VERSION = 1
+VERSION = 2
 ALL_RANKS = -1
 
 _HEADER = struct.Struct("<HBBHBxIIQIiQQ")
@@ -84,6 +84,7 @@ class Frame(msgspec.Struct, eq=False):
         method: the method's number in the codec that both ends agreed on; in a START, that of `execute_model`.
         reply_to: in a CALL, the one rank whose output is wanted, or `ALL_RANKS`; the others answer only errors.
         acknowledge: in a CALL, whether the others say so when they are done.
+        trace: in a CALL, whether the ranks keep note of when they did what.
         started_ns: in a reply, when the rank took the call up (CLOCK_MONOTONIC, nanoseconds).
         ended_ns: in a reply, when the worker's method had returned (and a deferred output was there).
         body: the encoded part.
@@ -100,6 +101,7 @@ class Frame(msgspec.Struct, eq=False):
     body: Buffer = b""
     buffers: Sequence[Buffer] = ()
     acknowledge: bool = False
+    trace: bool = False
 
     @property
     def size(self) -> int:
@@ -124,7 +126,7 @@ class Frame(msgspec.Struct, eq=False):
             VERSION,
             self.kind,
             self.method,
-            self.acknowledge,
+            self.acknowledge | self.trace << 1,
             len(self.body),
             len(self.buffers),
             self.call_id,
@@ -232,7 +234,9 @@ class FrameParser:
         self._refuse_oversize(body + 8 * buffers)
         self._body_size = body
         self._buffer_count = buffers
-        self._frame = Frame(_KINDS[kind], call_id, epoch, method, reply_to, started, ended, acknowledge=bool(flags))
+        self._frame = Frame(_KINDS[kind], call_id, epoch, method, reply_to, started, ended)
+        if flags:
+            self._frame.acknowledge, self._frame.trace = bool(flags & 1), bool(flags & 2)
 
     def _take_body(self, frame: Frame, body_size: int, section: Buffer) -> None:
         if self._buffer_count:

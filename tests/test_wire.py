@@ -86,7 +86,7 @@ def test_frames_before_a_bad_one_are_given_out() -> None:
     ("offset", "value", "message"),
     [
         (0, b"GET ", "not a frame"),
-        (2, b"\x63", "version 99; this side speaks version 1"),
+        (2, b"\x63", "version 99; this side speaks version 2"),
         (3, b"\xc8", "unknown frame kind 200"),
         (8, struct.pack("<I", LIMIT + 1), "max_frame_bytes"),
         (12, struct.pack("<I", 2**32 - 1), "buffers"),

@@ -15,6 +15,7 @@ from asyncexec.driver import Driver
 from asyncexec.errors import AsyncExecError, ExecutorClosed
 from asyncexec.future import StepFuture
 from asyncexec.inspection import Report
+from asyncexec.wire import NO_RANK
 
 _ALL = AllRanks()
 _ONE = FirstRank()
@@ -81,6 +82,15 @@ class BlockingExecutor:
             raise ExecutorClosed("the executor is closed")
         self._loop.do(send)
         return future
+
+    def notify(self, method: str, args: Sequence[Any] = ()) -> None:
+        """Have every rank run a method of which nobody wants an answer, in order with what was submitted.
+
+        An error is logged, and counted in `Executor.counters`.  It raises what `submit` raises.
+        """
+        if self._ended:
+            raise ExecutorClosed("the executor is closed")
+        self._loop.do(lambda: self._driver.submit(method, args, {}, None, NO_RANK, _ONE, True))
 
     @property
     def failure(self) -> AsyncExecError | None:

@@ -1,5 +1,6 @@
 """AsyncExecExecutor: vLLM's executor interface over asyncexec's window, futures and supervision."""
 
+import concurrent.futures
 import functools
 import importlib
 import inspect
@@ -54,6 +55,7 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         self._kv: Aggregator | None = None
         self._ec: Aggregator | None = None
         self._aggregator: Aggregator | None = None
+        self._sampling_follows = self._begun = False
         settings = Settings.of(self.vllm_config)
         self._meeting = os.memfd_create("asyncexec-vllm-store"), os.memfd_create("asyncexec-vllm-lock")
         worker_kwargs = {
@@ -103,12 +105,30 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         return future if non_block else future.result()
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
-        """The first half of a step."""
-        return self._step("execute_model", (scheduler_output,), non_block)
+        """The first half of a step.
+
+        Once the workers have been seen to leave a step's output to `sample_tokens`, nobody waits for this half: the
+        future is done at once, with None.  An error, or an output all the same, comes with `sample_tokens`.
+        """
+        has_tokens = scheduler_output.total_num_scheduled_tokens > 0
+        self._begun = non_block and has_tokens and self._sampling_follows and self._aggregator is None
+        if self._begun:
+            self._ranks.notify("begin_step", (scheduler_output,))
+            return _done_with_none()
+        future = self._step("execute_model", (scheduler_output,))
+        if has_tokens and not self._sampling_follows:
+            future.add_done_callback(self._learn)
+        return future if non_block else future.result()
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
         """The second half."""
-        return self._step("sample_tokens", (grammar_output,), non_block)
+        begun, self._begun = self._begun, False
+        future = self._step("finish_step" if begun else "sample_tokens", (grammar_output,))
+        return future if non_block else future.result()
+
+    def _learn(self, execute_future: concurrent.futures.Future[Any]) -> None:
+        if execute_future.exception() is None and execute_future.result() is None:
+            self._sampling_follows = True
 
     def execute_dummy_batch(self) -> None:
         """One step without requests; done when the output rank is."""
@@ -118,11 +138,10 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         """The output rank's draft tokens."""
         return self._of_output_rank("take_draft_token_ids")
 
-    def _step(self, method: str, args: tuple[Any, ...], non_block: bool) -> Any:
-        future = self._ranks.submit(
+    def _step(self, method: str, args: tuple[Any, ...]) -> Any:
+        return self._ranks.submit(
             method, args, output_rank=self._output_rank, aggregator=self._aggregator, is_step=True
         )
-        return future if non_block else future.result()
 
     def _of_output_rank(self, method: str) -> Any:
         return self._ranks.submit(method, output_rank=self._output_rank, is_step=True).result()
@@ -183,6 +202,12 @@ def _environments(vllm_config: Any) -> list[dict[str, str]]:
         with binding.configure_omp_envs(rank=rank, local_rank=rank):
             environments.append({name: value for name, value in os.environ.items() if before.get(name) != value})
     return environments
+
+
+def _done_with_none() -> concurrent.futures.Future[None]:
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future.set_result(None)
+    return future
 
 
 def _path(descriptor: int) -> str:

@@ -49,6 +49,8 @@ class VllmWorker:
         context.mark_progress()
         current_platform.update_block_size_for_backend(vllm_config)
         enable_envs_cache()
+        self._begun: Any = None
+        self._failed: Exception | None = None
         self._output_type: type = importlib.import_module("vllm.v1.outputs").AsyncModelRunnerOutput
 
     def __getattr__(self, name: str) -> Any:
@@ -63,6 +65,23 @@ class VllmWorker:
     def sample_tokens(self, grammar_output: Any) -> Any:
         """The second half."""
         return self._maybe_deferred(self.wrapper.sample_tokens(grammar_output))
+
+    def begin_step(self, scheduler_output: Any) -> None:
+        """The first half of a step, of which nobody waits for the end; `finish_step` tells how it went."""
+        self._begun = None
+        try:
+            self._begun = self.wrapper.execute_model(scheduler_output)
+        except Exception as error:
+            self._failed = error
+            raise
+
+    def finish_step(self, grammar_output: Any) -> Any:
+        """The second half, or what the first half returned or raised if there is no second one."""
+        begun, self._begun = self._begun, None
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+        return self._maybe_deferred(self.wrapper.sample_tokens(grammar_output) if begun is None else begun)
 
     def shutdown(self) -> None:
         """Let vLLM's worker and its process groups end."""

@@ -17,6 +17,8 @@ class NoopWorker:
         self.vllm_config = vllm_config
         self.rank = place["rank"]
         self._output: Any = None
+        self._breaks = False
+        self._seen = 0
 
     def init_device(self) -> None:
         """Nothing to set up."""
@@ -31,17 +33,33 @@ class NoopWorker:
         self._output = outputs.ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: i for i, name in enumerate(names)},
-            sampled_token_ids=[[1000 + i] for i in range(requests)],
+            sampled_token_ids=[[1000 + self.rank + i] for i in range(requests)],
         )
         self._one_call = one_call
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """The first half of a step, or all of it."""
+        self._seen = len(scheduler_output.num_scheduled_tokens)
+        if self._breaks:
+            self._breaks = False
+            raise ValueError("a broken step")
         return self._output if self._one_call else None
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """The second half."""
         return self._output
+
+    def break_next_step(self) -> None:
+        """Have the next step raise."""
+        self._breaks = True
+
+    def seen(self) -> int:
+        """Requests in the last step."""
+        return self._seen
+
+    def echo(self, value: Any) -> Any:
+        """Return it."""
+        return value
 
     def pid(self) -> int:
         """Of this rank's process."""

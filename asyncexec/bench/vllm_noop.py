@@ -16,9 +16,10 @@ class NoopWorker:
     def __init__(self, vllm_config: Any, **place: Any) -> None:
         self.vllm_config = vllm_config
         self.rank = place["rank"]
-        self._output: Any = None
+        self._one_call = False
         self._breaks = False
-        self._seen = 0
+        self._requests = 0
+        self._outputs: dict[int, Any] = {}
 
     def init_device(self) -> None:
         """Nothing to set up."""
@@ -26,28 +27,32 @@ class NoopWorker:
     def load_model(self, **options: Any) -> None:
         """Nothing to load."""
 
-    def prepare(self, requests: int, one_call: bool) -> None:
-        """Have an output ready for steps of so many requests."""
-        names = [request_name(number) for number in range(requests)]
-        outputs: Any = importlib.import_module("vllm.v1.outputs")
-        self._output = outputs.ModelRunnerOutput(
-            req_ids=names,
-            req_id_to_index={name: i for i, name in enumerate(names)},
-            sampled_token_ids=[[1000 + self.rank + i] for i in range(requests)],
-        )
+    def answer_in_one_call(self, one_call: bool) -> None:
+        """Whether `execute_model` has the output already, as pooling models' has, instead of `sample_tokens`."""
         self._one_call = one_call
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """The first half of a step, or all of it."""
-        self._seen = len(scheduler_output.num_scheduled_tokens)
+        self._requests = scheduler_output.total_num_scheduled_tokens
         if self._breaks:
             self._breaks = False
             raise ValueError("a broken step")
-        return self._output if self._one_call else None
+        return self._output() if self._one_call else None
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """The second half."""
-        return self._output
+        return self._output()
+
+    def _output(self) -> Any:
+        """One token for each request of the step, made once."""
+        if self._requests not in self._outputs:
+            names = [request_name(number) for number in range(self._requests)]
+            self._outputs[self._requests] = importlib.import_module("vllm.v1.outputs").ModelRunnerOutput(
+                req_ids=names,
+                req_id_to_index={name: i for i, name in enumerate(names)},
+                sampled_token_ids=[[1000 + self.rank + i] for i in range(self._requests)],
+            )
+        return self._outputs[self._requests]
 
     def break_next_step(self) -> None:
         """Have the next step raise."""
@@ -55,7 +60,7 @@ class NoopWorker:
 
     def seen(self) -> int:
         """Requests in the last step."""
-        return self._seen
+        return self._requests
 
     def echo(self, value: Any) -> Any:
         """Return it."""

@@ -31,6 +31,5 @@ def make() -> Iterator[Make]:
 def shared() -> Iterator[Any]:
     """An executor of two ranks that the tests of a module share; it must be as usable after a test as before."""
     executor = vllm_noop.make_executor("asyncexec", 2)
-    executor.collective_rpc("prepare", args=(4, False))
     yield executor
     executor.shutdown()

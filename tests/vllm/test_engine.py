@@ -24,10 +24,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @functools.cache
 def run(
-    model: str, backend: str, tp: int = 1, pp: int = 1, *, core: str = "process", scheduling: str = "sync", mode: str = "generate"
+    model: str,
+    backend: str,
+    tp: int = 1,
+    pp: int = 1,
+    *,
+    core: str = "process",
+    scheduling: str = "sync",
+    mode: str = "generate",
 ) -> Any:
     """What the program printed."""
-    options = {"model": model, "backend": backend, "tp": tp, "pp": pp, "mode": mode, "async_scheduling": scheduling == "async"}
+    options = {
+        "model": model,
+        "backend": backend,
+        "tp": tp,
+        "pp": pp,
+        "mode": mode,
+        "async_scheduling": scheduling == "async",
+    }
     process = subprocess.run(
         [sys.executable, Path(__file__).with_name("program.py"), json.dumps(options)],
         env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1" if core == "process" else "0"},

@@ -38,11 +38,11 @@ def test_two_steps_in_flight(shared: Any) -> None:
 
 def test_an_output_of_the_first_half_is_what_sampling_returns(shared: Any) -> None:
     step(shared)
-    shared.collective_rpc("prepare", args=(4, True))  # from now on the first half has the output
+    shared.collective_rpc("answer_in_one_call", args=(True,))  # from now on the first half has the output
     try:
         assert len(step(shared).req_ids) == 4
     finally:
-        shared.collective_rpc("prepare", args=(4, False))
+        shared.collective_rpc("answer_in_one_call", args=(False,))
     assert len(step(shared).req_ids) == 4
 
 
@@ -50,7 +50,10 @@ def test_collective_rpc_by_name_and_callable(shared: Any) -> None:
     pids = shared.collective_rpc("pid")
     assert len(set(pids)) == 2
     assert shared.collective_rpc(lambda wrapper: os.getpid()) == pids
-    assert shared.collective_rpc(lambda wrapper, n, k: (wrapper.rank, n, k), None, [1], {"k": 2}) == [(0, 1, 2), (1, 1, 2)]
+    assert shared.collective_rpc(lambda wrapper, n, k: (wrapper.rank, n, k), None, [1], {"k": 2}) == [
+        (0, 1, 2),
+        (1, 1, 2),
+    ]
     assert shared.collective_rpc(lambda wrapper: type(wrapper).__name__) == ["WorkerWrapperBase"] * 2
     assert shared.collective_rpc("pid", non_block=True).result(10) == pids
 
@@ -144,7 +147,7 @@ def test_threads_do_not_mix_replies(shared: Any) -> None:
 def test_the_scheduler_output_may_change_at_once(shared: Any) -> None:
     output = vllm_noop.scheduler_output(4)
     future = shared.execute_model(output, non_block=True)
-    output.num_scheduled_tokens.clear()
+    output.total_num_scheduled_tokens = 9
     future.result()
     shared.sample_tokens(None)
     assert shared.collective_rpc("seen") == [4, 4]
@@ -199,7 +202,6 @@ def test_a_death_while_idle_is_noticed(make: Any) -> None:
 
 def test_the_output_rank_is_the_first_of_the_last_stage(make: Any) -> None:
     executor = make(1, stages=2)
-    executor.collective_rpc("prepare", args=(4, False))
     assert step(executor).sampled_token_ids[0] == [1001]  # rank 1's
     assert step(executor).sampled_token_ids[0] == [1001]
 

@@ -50,7 +50,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"{where}a table of keys is needed, not {type(table).__name__}")
         limits = {"start": _DAY, "step": float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS), "rpc": None} | _CLOSING
         given = table.get("timeouts", {})
-        return convert({**table, "timeouts": limits | dict(given)} if isinstance(given, Mapping) else table, cls, where=where)
+        return convert(
+            {**table, "timeouts": limits | dict(given)} if isinstance(given, Mapping) else table, cls, where=where
+        )
 
     def executor_config(self, world_size: int, environments: list[dict[str, str]]) -> ExecutorConfig:
         """The configuration of our executor for vLLM's ranks.

@@ -92,7 +92,11 @@ class VllmWorker:
         destroy_distributed_environment()
 
     def _maybe_deferred(self, output: Any) -> Any:
-        return _AsyncOutput(output, getattr(self.wrapper, "device", None)) if isinstance(output, self._output_type) else output
+        return (
+            _AsyncOutput(output, getattr(self.wrapper, "device", None))
+            if isinstance(output, self._output_type)
+            else output
+        )
 
 
 class HostLock:

@@ -1,4 +1,4 @@
-"""An event loop for engines whose own loop is a thread: whoever waits for a result runs it, without a hop between threads.
+"""An event loop for engines whose own loop is a thread: whoever waits for a result runs it, without a thread hop.
 
 An engine that blocks until a step is done pays, with an event loop on a thread of its own, for two thread switches in
 every step.  Here the thread that waits runs the loop itself, until its future is done.  While nobody waits, a watcher
@@ -117,7 +117,7 @@ class DrivenLoop(asyncio.SelectorEventLoop):
         return asyncio.run_coroutine_threadsafe(coroutine, self).result()
 
     def do(self, function: Callable[[], T]) -> T:
-        """Call a function while no other thread has the loop, on the calling thread if possible; returns when it has."""
+        """Call a function while no other thread has the loop, on the calling thread if possible; returns its result."""
         if self.is_held:
             return function()
         if self._take():
@@ -165,7 +165,7 @@ class DrivenLoop(asyncio.SelectorEventLoop):
             self.stop()
 
     def call_soon(
-        self, callback: Callable[[Unpack[Ts]], object], *args: Unpack[Ts], context: contextvars.Context | None = None
+        self, callback: Callable[[Unpack[Ts]], object], *args: *Ts, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         """As asyncio's; also notes that there is something to run."""
         self._stirred = True
@@ -175,7 +175,7 @@ class DrivenLoop(asyncio.SelectorEventLoop):
         self,
         when: float,
         callback: Callable[[Unpack[Ts]], object],
-        *args: Unpack[Ts],
+        *args: *Ts,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         """As asyncio's; also notes when the watcher has to wake up."""

@@ -1,4 +1,4 @@
-"""A worker of vLLM that does nothing, the payloads that it is given, and executors on it: for measuring what a step costs."""
+"""A worker of vLLM that does nothing, the payloads that it is given, and executors on it: what a step costs."""
 
 import importlib
 import os

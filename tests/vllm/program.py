@@ -72,7 +72,7 @@ async def _concurrently(vllm: Any, arguments: dict[str, Any], sampling: Any) -> 
 async def _killed(vllm: Any, arguments: dict[str, Any], sampling: Any) -> Any:
     """SIGKILL to a rank in the middle of a request."""
     engine = _engine(vllm, arguments)
-    pids = await engine.collective_rpc(os_getpid)
+    pids = _rank_processes()
     endless = sampling.clone()
     endless.max_tokens = 400
     requests = [asyncio.create_task(_one(engine, i, prompt, endless)) for i, prompt in enumerate(vllm_tiny.prompts(8))]
@@ -82,15 +82,21 @@ async def _killed(vllm: Any, arguments: dict[str, Any], sampling: Any) -> Any:
     outcomes = await asyncio.gather(*requests, return_exceptions=True)
     took = time.monotonic() - began
     engine.shutdown()
-    deadline = time.monotonic() + 5
-    while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
-        await asyncio.sleep(0.02)
+    left = await asyncio.to_thread(_left, pids)
     return {"seconds": took, "errors": sorted({type(outcome).__name__ for outcome in outcomes}), "left": left}
 
 
-def os_getpid(worker: Any) -> int:
-    """Of a rank."""
-    return os.getpid()
+def _left(pids: list[int]) -> list[str]:
+    """The ranks that live, and shared memory of theirs."""
+    lives = [str(pid) for pid in pids if Path(f"/proc/{pid}").exists()]
+    return lives + [path.name for path in Path("/dev/shm").glob("asyncexec-vllm-*")]
+
+
+def _rank_processes() -> list[int]:
+    """Those below this process, in the order in which they started."""
+    psutil = importlib.import_module("psutil")
+    below = psutil.Process().children(recursive=True)
+    return sorted(process.pid for process in below if any("asyncexec_nccl.rank" in part for part in process.cmdline()))
 
 
 def _allow_async_scheduling() -> None:

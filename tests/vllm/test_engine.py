@@ -1,4 +1,4 @@
-"""vLLM's engine on the executor: greedy tokens equal those of vLLM's own executor, and a killed rank ends it at once."""
+"""vLLM's engine on the executor: its tokens are those of vLLM's own executor, and a killed rank ends it at once."""
 
 import functools
 import json

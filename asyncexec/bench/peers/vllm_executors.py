@@ -1,4 +1,4 @@
-"""vLLM's executor for one host and ours for vLLM, with a worker that does nothing; neither has an event loop in between."""
+"""vLLM's executor for one host, and ours for vLLM, with a worker that does nothing; the caller blocks in both."""
 
 import asyncio
 import functools
@@ -69,5 +69,5 @@ class _Blocking(Awaitable[Any]):
         self._future = future
 
     def __await__(self) -> Generator[Any, None, Any]:
+        yield from ()
         return self._future.result()
-        yield

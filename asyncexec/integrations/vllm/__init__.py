@@ -1,4 +1,6 @@
-"""vLLM's v1 engine on asyncexec: `LLM(..., distributed_executor_backend="asyncexec.integrations.vllm.AsyncExecExecutor")`.
+"""vLLM's v1 engine on asyncexec.
+
+`LLM(..., distributed_executor_backend="asyncexec.integrations.vllm.AsyncExecExecutor")`
 
 Raises UnsupportedVllm, an ImportError, where the installed vLLM is not one that it knows; see `versions.py`.
 """

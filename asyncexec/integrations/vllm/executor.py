@@ -5,8 +5,11 @@ import functools
 import importlib
 import inspect
 import os
+import shutil
+import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm import envs
@@ -57,11 +60,12 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         self._aggregator: Aggregator | None = None
         self._sampling_follows = self._begun = False
         settings = Settings.of(self.vllm_config)
-        self._meeting = os.memfd_create("asyncexec-vllm-store"), os.memfd_create("asyncexec-vllm-lock")
+        self._meeting = Path(tempfile.mkdtemp(prefix="asyncexec-vllm-"))
+        (self._meeting / "lock").touch()
         worker_kwargs = {
             "vllm_config": self.vllm_config,
             "distributed_init_method": self._init_method(settings.transport),
-            "shared_worker_lock": HostLock(_path(self._meeting[1])),
+            "shared_worker_lock": HostLock(str(self._meeting / "lock")),
         }
         config = settings.executor_config(self._world_size, _environments(self.vllm_config))
         self._ranks = BlockingExecutor(config, _WORKER, worker_kwargs)
@@ -76,14 +80,17 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
             settle()  # this process only schedules
 
     def _init_method(self, transport: str) -> str:
-        """Where vLLM's ranks meet: memory of this process, which leaves no file and no port behind."""
+        """Where vLLM's ranks meet: a file of this user's alone, whose name no other executor has, so not a port.
+
+        vLLM's CPU workers name their shared memory after it.
+        """
         network = importlib.import_module("vllm.utils.network_utils")
         if transport != "nccl":
             return str(get_distributed_init_method(network.get_ip(), get_open_port()))
         needs_tcp = getattr(network, "aiter_requires_tcp_store", None)
         if callable(needs_tcp) and needs_tcp():
             return str(get_distributed_init_method(get_loopback_ip(), get_open_port()))
-        return f"file://{_path(self._meeting[0])}"
+        return f"file://{self._meeting / self._meeting.name}"
 
     # ------------------------------------------------------------------------------------------------ calls
 
@@ -210,18 +217,17 @@ def _done_with_none() -> concurrent.futures.Future[None]:
     return future
 
 
-def _path(descriptor: int) -> str:
-    """By which the ranks open memory of this process; they end with it."""
-    return f"/proc/{os.getpid()}/fd/{descriptor}"
-
-
 def _note_failure(executor: "weakref.ref[AsyncExecExecutor]", cause: AsyncExecError) -> None:
     logger.error("the executor has failed: %s", cause)
     if (there := executor()) is not None:
         there.is_failed = True
 
 
-def _close(ranks: BlockingExecutor, descriptors: Sequence[int]) -> None:
-    ranks.close()
-    for descriptor in descriptors:
-        os.close(descriptor)
+def _close(ranks: BlockingExecutor, meeting: Path) -> None:
+    """End the ranks, and remove what those that were killed could not: their shared memory, where they met."""
+    try:
+        ranks.close()
+    finally:
+        for left in Path("/dev/shm").glob(f"{meeting.name}-*"):
+            left.unlink(missing_ok=True)
+        shutil.rmtree(meeting, ignore_errors=True)

@@ -20,7 +20,7 @@ from asyncexec.runtime import RemoteFailure
 from asyncexec.submission import Reply, Submission
 from asyncexec.transport import Transport
 from asyncexec.window import Call, Complete, Counters, Decision, Fail, Send, Take, Window
-from asyncexec.wire import ALL_RANKS, Frame, FrameKind
+from asyncexec.wire import ALL_RANKS, NO_RANK, Frame, FrameKind
 
 logger = logging.getLogger("asyncexec")
 
@@ -116,7 +116,7 @@ class Calls:
             frame: encoded; completed here.
             method: its name, for people.
             ranks: where it runs.
-            output_rank: the one of them whose output is the call's own.
+            output_rank: the one of them whose output is the call's own; NO_RANK for a notice, which is done when sent.
             aggregator: merges the outputs.
             timeout: seconds, or None.
             slot: whether it is one of the steps whose number is limited.
@@ -126,13 +126,13 @@ class Calls:
         Raises:
             ExecutorBusy: as many calls wait for a slot as are allowed.
         """
-        wanted = ranks if aggregator.needs_all_ranks else (output_rank,)
+        wanted = ranks if aggregator.needs_all_ranks else () if output_rank == NO_RANK else (output_rank,)
         frame.reply_to = ALL_RANKS if aggregator.needs_all_ranks else output_rank
         encoded = time.monotonic_ns()
         future: StepFuture[Any] = StepFuture(self._loop)
         submission = Submission(frame, future, aggregator, ranks, output_rank, submitted or encoded, encoded)
         call = Call(method, ranks, wanted, slot, ordered, timeout, submission)
-        if slot and not aggregator.needs_all_ranks:
+        if slot and not aggregator.needs_all_ranks and output_rank != NO_RANK:
             self._steps += 1
             if self._steps % _CENSUS == 0:
                 frame.acknowledge = True

@@ -444,12 +444,15 @@ class Driver(Executor):
         submitted: int = 0,
     ) -> StepFuture[Any]:
         """Give a call to the window.  Raises PayloadError where it is too large, ExecutorBusy where it must wait."""
-        if refusal := self._transport.refusal(frame, ranks):
-            raise PayloadError(f"the arguments {refusal}", method=method)
+        self._check_size(frame, method, ranks)
         output_rank = self._config.output_rank if self._config.output_rank in ranks else ranks[0]
         return self._calls.submit(
             frame, method, ranks, output_rank, aggregator, timeout, slot=slot, ordered=ordered, submitted=submitted
         )
+
+    def _check_size(self, frame: Frame, method: str, ranks: Sequence[int]) -> None:
+        if refusal := self._transport.refusal(frame, ranks):
+            raise PayloadError(f"the arguments {refusal}", method=method)
 
     # ---------------------------------------------------------------------------------------------- observing
 
@@ -586,6 +589,9 @@ class Driver(Executor):
             raise ExecutorBusy(f"the executor {self._state.value}: await executor.slot() before submitting more")
         if self._state is not _State.RUNNING:
             raise ExecutorClosed(f"the executor {self._state.value}")
+        self._check_thread()
+
+    def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:
             raise RuntimeError("executors belong to the thread of their event loop; use loop.call_soon_threadsafe")
 

@@ -102,8 +102,15 @@ class StepFuture(Generic[T]):
         if self._done:
             self._pass_on(view)
         else:
-            self._loop.call_soon_threadsafe(self._attach, view)
+            self._loop.call_soon_threadsafe(self.pass_to, view)
         return view
+
+    def pass_to(self, view: ConcurrentFuture[T]) -> None:
+        """Complete `view` with this future's result or error; on the event loop."""
+        if self._done:
+            self._pass_on(view)
+        else:
+            self._waiters.append(view)
 
     def set_result(self, result: T, measure: Callable[[], StepTiming] | None = None) -> None:
         """Complete the future; for executors.  `measure` is called when somebody asks for the timing."""
@@ -119,12 +126,6 @@ class StepFuture(Generic[T]):
     def observe(self, record: CallRecord) -> None:
         """Tell the record's observers what becomes of the future; for executors."""
         self._record = record
-
-    def _attach(self, view: ConcurrentFuture[T]) -> None:
-        if self._done:
-            self._pass_on(view)
-        else:
-            self._waiters.append(view)
 
     def _finish(self) -> None:
         if self._done:

@@ -42,7 +42,7 @@ class Call(msgspec.Struct, eq=False):
     Attributes:
         method: the method's name, for people.
         ranks: where it runs.
-        wanted: the ranks that reply with their output; the others reply only with errors,
+        wanted: the ranks that reply with their output, none for a notice; the others reply only with errors,
         acknowledging: but for these, which also say when they are done.
         slot: whether it takes one of the `max_concurrent_batches` slots.
         ordered: whether it completes in order with the other ordered calls.
@@ -303,6 +303,8 @@ class Window:
                 for rank in ranks:
                     self._owed[rank].append(call.call_id)
             decisions.append(Send(call))
+            if not call.owing:  # nobody is to answer it
+                decisions += self._settle(call)
         return decisions
 
     def _received(self, rank: int, call_id: int, epoch: int) -> tuple[list[Decision], Call | None]:

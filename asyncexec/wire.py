@@ -33,6 +33,7 @@ class Buffers(list[Buffer]):
 MAGIC = 0xAE5C
 VERSION = 2
 ALL_RANKS = -1
+NO_RANK = -2
 
 _HEADER = struct.Struct("<HBBHBxIIQIiQQ")
 HEADER_SIZE = _HEADER.size
@@ -82,7 +83,7 @@ class Frame(msgspec.Struct, eq=False):
         call_id: the call it belongs to, counted from 1 within an epoch.
         epoch: which set of ranks the call belongs to.
         method: the method's number in the codec that both ends agreed on; in a START, that of `execute_model`.
-        reply_to: in a CALL, the one rank whose output is wanted, or `ALL_RANKS`; the others answer only errors.
+        reply_to: in a CALL, the one rank whose output is wanted, `ALL_RANKS` or `NO_RANK`; others answer only errors.
         acknowledge: in a CALL, whether the others say so when they are done.
         trace: in a CALL, whether the ranks keep note of when they did what.
         started_ns: in a reply, when the rank took the call up (CLOCK_MONOTONIC, nanoseconds).

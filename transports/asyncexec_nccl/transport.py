@@ -43,6 +43,7 @@ class NcclOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         backend: of the process groups.  "auto" is "nccl" where every rank has a GPU of its own, else "gloo"; "none"
             makes no groups, for workers that make their own.
         environment: variables set for the ranks, beside what they inherit.
+        rank_environments: variables of single ranks, by rank; ranks behind the end of the list have none.  They win.
         devices: the GPU of each rank, by its index among those that CUDA_VISIBLE_DEVICES leaves visible; so several
             executors share a host.  None is 0, 1, 2 and so on.
         shared_memory_bytes: of memory shared with the ranks, for large arguments on their way; what does not fit goes
@@ -54,6 +55,7 @@ class NcclOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     backend: Literal["auto", "nccl", "gloo", "none"] = "auto"
     environment: dict[str, str] = {}
+    rank_environments: list[dict[str, str]] = []
     devices: list[int] | None = None
     shared_memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 27
     input_device: Literal["cpu", "rank"] = "cpu"
@@ -201,7 +203,7 @@ class _Rank:
                 layouts=layouts[1].fileno(),
                 sys_path=[str(path) for path in sys.path],
             )
-            self.process = RankProcess(loop, launch, _environment(config, options), self._exited)
+            self.process = RankProcess(loop, launch, _environment(config, options, number), self._exited)
             on_frame = functools.partial(events.frame_received, number)
             self.stream = DriverStream(loop, control[0].dup(), config.max_frame_bytes, on_frame, self._stream_ended)
             self.side = _Side(loop, side[0].dup())
@@ -275,10 +277,11 @@ class _Side:
         self._waiting.clear()
 
 
-def _environment(config: ExecutorConfig, options: NcclOptions) -> dict[str, str]:
+def _environment(config: ExecutorConfig, options: NcclOptions, rank: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // config.world_size)
     defaults = {"OMP_NUM_THREADS": str(threads)}
-    return defaults | dict(os.environ) | options.environment
+    own = options.rank_environments[rank] if rank < len(options.rank_environments) else {}
+    return defaults | dict(os.environ) | options.environment | own
 
 
 def _pair(

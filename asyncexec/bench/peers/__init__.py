@@ -18,10 +18,14 @@ PEERS = {
     "ray-actors": "ray_actors:RayActors",
     "ray-graph": "ray_graph:RayGraph",
     "ray-graph-awaited": "ray_graph:RayGraphAwaited",
+    "vllm-mp": "vllm_executors:VllmMultiproc",
+    "vllm-asyncexec": "vllm_executors:VllmAsyncExec",
+    "vllm-mp-step": "vllm_executors:VllmMultiprocStep",
+    "vllm-asyncexec-step": "vllm_executors:VllmAsyncExecStep",
 }
 """Module in this package and class, by the name that results and tables have for the peer."""
 
-NOT_YET = {"vllm": "its executors are no peers yet; they will need vLLM (pip install vllm)"}
+NOT_YET = {"vllm-ray": "vLLM's executors on Ray refuse CPUs without a platform plugin of one's own"}
 """What one would expect here and cannot be measured yet, with the reason."""
 
 

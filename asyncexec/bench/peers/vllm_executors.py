@@ -1,0 +1,73 @@
+"""vLLM's executor for one host, and ours for vLLM, with a worker that does nothing; the caller blocks in both."""
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Generator, Sequence
+from typing import Any, ClassVar
+
+from asyncexec.bench import vllm_noop, vllm_tiny
+from asyncexec.bench.payload import SchedulerOutput
+from asyncexec.bench.peer import Peer
+
+
+class VllmMultiproc(Peer):
+    """vLLM's MultiprocExecutor; the step is one call, as of pooling models.
+
+    Attributes:
+        kind: which executor, see `vllm_noop.make_executor`.
+        one_call: whether the step is `execute_model` alone, or `sample_tokens` follows.
+    """
+
+    needs: ClassVar[dict[str, str]] = {"vllm": "pip install vllm, or make .venv-vllm/.done for CPUs"}
+    kind: ClassVar[str] = "mp"
+    one_call: ClassVar[bool] = True
+
+    async def start(self) -> None:
+        """Start the executor, in a thread: it takes seconds."""
+        vllm_tiny.set_environment()
+        self._executor: Any = await asyncio.to_thread(vllm_noop.make_executor, self.kind, self.ranks)
+        self._executor.collective_rpc("answer_in_one_call", args=(self.one_call,))
+        self._payload = functools.cache(vllm_noop.scheduler_output)
+
+    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+        """One step, as vLLM's engine core submits it with steps in flight."""
+        future = self._executor.execute_model(self._payload(max(1, len(value.request_ids))), non_block=True)
+        return _Blocking(future if self.one_call else self._executor.sample_tokens(None, non_block=True))
+
+    async def pids(self) -> Sequence[int]:
+        """Asked of the ranks."""
+        pids: Sequence[int] = self._executor.collective_rpc("pid")
+        return pids
+
+    async def close(self) -> None:
+        """End it."""
+        await asyncio.to_thread(self._executor.shutdown)
+
+
+class VllmMultiprocStep(VllmMultiproc):
+    """The same with both halves of a step."""
+
+    one_call = False
+
+
+class VllmAsyncExec(VllmMultiproc):
+    """asyncexec's executor for vLLM."""
+
+    kind = "asyncexec"
+
+
+class VllmAsyncExecStep(VllmAsyncExec):
+    """The same with both halves of a step."""
+
+    one_call = False
+
+
+class _Blocking(Awaitable[Any]):
+    """Waits as vLLM's engine core does: by blocking its thread."""
+
+    def __init__(self, future: Any) -> None:
+        self._future = future
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from ()
+        return self._future.result()

@@ -1,0 +1,240 @@
+"""An event loop for engines whose own loop is a thread: whoever waits for a result runs it, without a thread hop.
+
+An engine that blocks until a step is done pays, with an event loop on a thread of its own, for two thread switches in
+every step.  Here the thread that waits runs the loop itself, until its future is done.  While nobody waits, a watcher
+thread does, so that the death of a rank is noticed, timers fire and futures complete all the same.
+
+At any time at most one thread has the loop: the one that holds the lock.  The watcher sleeps in an epoll of its own,
+over the epoll of the loop, which is switched off while a caller has the loop: else each event would wake both.
+"""
+
+import asyncio
+import concurrent.futures
+import contextvars
+import heapq
+import math
+import select
+import selectors
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, TypeVarTuple, Unpack
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_SHORT = 0.001
+"""Seconds to wait for the loop while the watcher has it, which never keeps it for long."""
+
+
+class DrivenFuture(concurrent.futures.Future[T]):
+    """A `concurrent.futures.Future` that really completes; `result` runs the loop meanwhile, if nobody else does.
+
+    What it stands for is under way: `cancel` returns False.
+    """
+
+    def __init__(self, loop: "DrivenLoop") -> None:
+        super().__init__()
+        super().set_running_or_notify_cancel()
+        self._driven_by = loop
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """It runs since it was made."""
+        return True
+
+    def result(self, timeout: float | None = None) -> T:
+        """The result, or raises the error; raises TimeoutError after `timeout` seconds, and may be called again."""
+        self._wait(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The error, or None; raises TimeoutError as `result` does."""
+        self._wait(timeout)
+        return super().exception(0)
+
+    def set_result(self, result: T) -> None:
+        """Complete it; on the loop."""
+        super().set_result(result)
+        self._driven_by.completed(self)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """Fail it; on the loop."""
+        super().set_exception(exception)
+        self._driven_by.completed(self)
+
+    def _wait(self, timeout: float | None) -> None:
+        if self.done():
+            return
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._driven_by.drive(self, timeout):
+            # another thread runs the loop; it completes this future too, or the watcher does after it
+            rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+            concurrent.futures.wait([self], rest)
+
+
+class DrivenLoop(asyncio.SelectorEventLoop):
+    """The loop.  `start` it, `call` coroutines and functions on it from any thread, and `end` it."""
+
+    def __init__(self) -> None:
+        selector = selectors.EpollSelector()
+        super().__init__(selector)
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._awaited: DrivenFuture[Any] | None = None
+        self._events = selector.fileno()
+        self._outer = select.epoll()
+        self._outer.register(self._events, select.EPOLLIN | select.EPOLLONESHOT)
+        self._armed = True
+        self._stirred = False
+        self._timers: list[float] = []
+        self._watched_until = math.inf
+        self._ending = False
+        self._watcher = threading.Thread(target=self._watch, name="asyncexec-watcher", daemon=True)
+
+    def start(self) -> None:
+        """Start the watcher."""
+        self._watcher.start()
+
+    def end(self) -> None:
+        """End the watcher and close the loop; not on the loop itself."""
+        self._ending = True
+        self.call_soon_threadsafe(_nothing)
+        self._watcher.join()
+        with self._lock:
+            self._outer.close()
+            self.close()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the calling thread has the loop, so that it may touch what belongs to it."""
+        return self._owner == threading.get_ident()
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine, on the watcher's thread unless another one has the loop; blocks until it is done."""
+        if self.is_held:
+            coroutine.close()
+            raise RuntimeError("called from a callback of the executor: waiting here would wait for ever")
+        return asyncio.run_coroutine_threadsafe(coroutine, self).result()
+
+    def do(self, function: Callable[[], T]) -> T:
+        """Call a function while no other thread has the loop, on the calling thread if possible; returns its result."""
+        if self.is_held:
+            return function()
+        if self._take():
+            try:
+                return function()
+            finally:
+                self._release()
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self.call_soon_threadsafe(_run_for, done, function)
+        return done.result()
+
+    def drive(self, future: DrivenFuture[Any], timeout: float | None) -> bool:
+        """Run the loop on this thread until the future is done or the time is over; False where another thread runs it.
+
+        Raises:
+            RuntimeError: in a callback of the loop, where waiting would wait for ever.
+        """
+        if self.is_held:
+            raise RuntimeError("result() of a future that is not done, in a callback of its own executor")
+        if not self._take():
+            return False
+        try:
+            if self._armed:
+                self._armed = False
+                self._outer.modify(self._events, 0)
+            if not future.done():
+                self._run_until(future, timeout)
+        finally:
+            self._release()
+        return True
+
+    def _run_until(self, future: DrivenFuture[Any], timeout: float | None) -> None:
+        timer = None if timeout is None else self.call_later(timeout, self.stop)
+        self._awaited = future
+        try:
+            self.run_forever()
+        finally:
+            self._awaited = None
+            if timer is not None:
+                timer.cancel()
+
+    def completed(self, future: DrivenFuture[Any]) -> None:
+        """Have the thread that waits for this future leave the loop."""
+        if self._awaited is future:
+            self.stop()
+
+    def call_soon(
+        self, callback: Callable[[Unpack[Ts]], object], *args: *Ts, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        """As asyncio's; also notes that there is something to run."""
+        self._stirred = True
+        return super().call_soon(callback, *args, context=context)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """As asyncio's; also notes when the watcher has to wake up."""
+        heapq.heappush(self._timers, when)
+        return super().call_at(when, callback, *args, context=context)
+
+    def _take(self) -> bool:
+        """Take the loop, unless another caller runs it."""
+        taken = self._lock.acquire(blocking=False) or (self._awaited is None and self._lock.acquire(timeout=_SHORT))
+        if taken:
+            self._owner = threading.get_ident()
+            self._stirred = False
+        return taken
+
+    def _release(self) -> None:
+        """Leave the loop, to the watcher if need be."""
+        self._owner = None
+        wake = self._stirred or (bool(self._timers) and self._timers[0] < self._watched_until)
+        self._lock.release()
+        if not self._armed and not self._ending:  # behind the release: the watcher may come at once
+            self._armed = True
+            self._outer.modify(self._events, select.EPOLLIN | select.EPOLLONESHOT)
+        if wake and not self._ending:
+            self.call_soon_threadsafe(_nothing)
+
+    def _watch(self) -> None:
+        """The watcher's thread: runs the loop whenever something happens while no caller has it."""
+        while not self._ending:
+            wait = max(0.0, self._watched_until - self.time())
+            self._outer.poll(None if math.isinf(wait) else wait)
+            # if a caller has the loop, timers are that caller's, who wakes the watcher when leaving
+            self._watched_until = math.inf
+            self._armed = False
+            if self._lock.acquire(blocking=False):
+                self._owner = threading.get_ident()
+                try:
+                    self._run_what_is_due()
+                    if self._timers:
+                        self._watched_until = self._timers[0]
+                finally:
+                    self._release()
+
+    def _run_what_is_due(self) -> None:
+        self._stirred = True
+        while self._stirred:
+            self._stirred = False
+            self.stop()  # documented: with it, run_forever runs what is ready and returns
+            self.run_forever()
+        now = self.time()
+        while self._timers and self._timers[0] <= now:
+            heapq.heappop(self._timers)
+
+
+def _nothing() -> None:
+    """Something to run, which wakes the watcher."""
+
+
+def _run_for(done: concurrent.futures.Future[T], function: Callable[[], T]) -> None:
+    try:
+        done.set_result(function())
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the caller on the other thread gets it
+        done.set_exception(error)

@@ -1,0 +1,1 @@
+"""asyncexec inside other engines: each integration needs that engine, and is imported by nothing else."""

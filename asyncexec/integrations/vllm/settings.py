@@ -1,0 +1,75 @@
+"""The table `additional_config["asyncexec"]` of vLLM's configuration, and what the executor makes of both."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+from vllm import envs
+
+from asyncexec.config import ExecutorConfig, Timeouts, convert
+from asyncexec.errors import ConfigError
+
+_DAY = 86400.0
+
+_STEPS = 1024
+"""Steps under way at once: the engine core decides how many there are, and never has more than a few."""
+
+_CLOSING = {"drain": 0.5, "stop": 3.0, "terminate": 0.5}
+"""Together less than the 5 seconds after which vLLM kills an engine core that is shutting down."""
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The table `additional_config["asyncexec"]`.  Parallel sizes and scheduling are vLLM's own options.
+
+    Attributes:
+        transport: "nccl" (processes of this host) or "ray".
+        timeouts: see `asyncexec.config.Timeouts`.  Other defaults here: `start` is a day, for vLLM has limits of its
+            own, `step` is VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS, `rpc` is None, and closing takes at most 4 seconds.
+        on_timeout: as in `asyncexec.ExecutorConfig`.
+        max_frame_bytes: as in `asyncexec.ExecutorConfig`.
+        options: one table of options per transport.
+    """
+
+    transport: str = "nccl"
+    timeouts: Timeouts = Timeouts()
+    on_timeout: Literal["continue", "fail"] = "continue"
+    max_frame_bytes: int = 1 << 34
+    options: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> "Settings":
+        """Read the table.
+
+        Raises:
+            ConfigError: names the key that is wrong, and what is valid.
+        """
+        where = "additional_config['asyncexec']: "
+        additional = vllm_config.additional_config
+        table = additional.get("asyncexec", {}) if isinstance(additional, Mapping) else {}
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{where}a table of keys is needed, not {type(table).__name__}")
+        limits = {"start": _DAY, "step": float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS), "rpc": None} | _CLOSING
+        given = table.get("timeouts", {})
+        return convert(
+            {**table, "timeouts": limits | dict(given)} if isinstance(given, Mapping) else table, cls, where=where
+        )
+
+    def executor_config(self, world_size: int, environments: list[dict[str, str]]) -> ExecutorConfig:
+        """The configuration of our executor for vLLM's ranks.
+
+        They are one stage here, whatever vLLM's pipeline is: its workers hand on their tensors by groups of their own.
+        """
+        own = dict(self.options.get(self.transport, {}))
+        if self.transport == "nccl":
+            own = {"backend": "none", "rank_environments": environments} | own
+        elif self.transport == "ray":
+            own = {"backend": "none"} | own
+        return ExecutorConfig(
+            transport=self.transport,
+            tensor_parallel_size=world_size,
+            max_concurrent_batches=_STEPS,
+            max_frame_bytes=self.max_frame_bytes,
+            timeouts=self.timeouts,
+            on_timeout=self.on_timeout,
+            options=self.options | {self.transport: own},
+        )

@@ -1,0 +1,129 @@
+"""The blocking executor: calls from any thread, and futures that complete whether or not anybody waits."""
+
+import concurrent.futures
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from asyncexec import ExecutorConfig
+from asyncexec.blocking import BlockingExecutor
+from asyncexec.errors import ExecutorClosed, WorkerDied
+
+CONFIG: dict[str, Any] = {
+    "transport": "nccl",
+    "tensor_parallel_size": 2,
+    "max_concurrent_batches": 64,
+    "options": {"nccl": {"backend": "none", "rank_environments": [{"PLACE": "first"}, {"PLACE": "second"}]}},
+}
+
+
+class Worker:
+    def __init__(self, context: Any) -> None:
+        self.rank = context.rank
+        self.noted: list[int] = []
+
+    def echo(self, value: Any) -> Any:
+        return self.rank, value
+
+    def nap(self, seconds: float) -> int:
+        time.sleep(seconds)
+        return os.getpid()
+
+    def note(self, value: int) -> None:
+        self.noted.append(value)
+
+    def notes(self) -> list[int]:
+        return self.noted
+
+    def place(self) -> str:
+        return os.environ["PLACE"]
+
+
+@pytest.fixture
+def executor(no_leftovers: None) -> Iterator[BlockingExecutor]:
+    executor = BlockingExecutor(ExecutorConfig.from_dict(CONFIG), Worker, {})
+    executor.start()
+    yield executor
+    executor.close()
+
+
+def test_results_of_all_ranks_or_of_one(executor: BlockingExecutor) -> None:
+    assert executor.submit("echo", ("x",)).result() == [(0, "x"), (1, "x")]
+    assert executor.submit("echo", ("x",), output_rank=1, is_step=True).result() == (1, "x")
+    assert executor.submit("place").result() == ["first", "second"]
+
+
+def test_notices_are_run_in_order_and_not_answered(executor: BlockingExecutor) -> None:
+    for number in range(100):
+        executor.notify("note", (number,))
+    assert executor.submit("notes").result() == [list(range(100))] * 2
+
+
+def test_a_future_completes_though_nobody_waits(executor: BlockingExecutor) -> None:
+    called = threading.Event()
+    future = executor.submit("echo", (1,))
+    future.add_done_callback(lambda done: called.set())
+    assert called.wait(10)
+    assert future.done()
+
+
+def test_a_deadline_passes_though_nobody_waits(executor: BlockingExecutor) -> None:
+    called = threading.Event()
+    future = executor.submit("nap", (1.0,), timeout=0.05)
+    future.add_done_callback(lambda done: called.set())
+    assert called.wait(0.9)
+    assert isinstance(future.exception(), TimeoutError)
+
+
+def test_a_wait_may_be_given_up_and_taken_up_again(executor: BlockingExecutor) -> None:
+    future = executor.submit("nap", (0.3,))
+    with pytest.raises(TimeoutError):
+        future.result(0.01)
+    assert len(set(future.result())) == 2
+
+
+def test_many_threads_get_their_own_replies(executor: BlockingExecutor) -> None:
+    def work(number: int) -> bool:
+        values = [(number, i) for i in range(300)]
+        return all(executor.submit("echo", (value,)).result() == [(0, value), (1, value)] for value in values)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(work, range(6)))
+
+
+def test_a_callback_may_submit_but_not_wait(executor: BlockingExecutor) -> None:
+    caught: list[BaseException] = []
+    answered = threading.Event()
+
+    def callback(done: Any) -> None:
+        following = executor.submit("echo", (2,))
+        try:
+            following.result()
+        except RuntimeError as error:
+            caught.append(error)
+        following.add_done_callback(lambda done: answered.set())
+
+    executor.submit("echo", (1,)).add_done_callback(callback)
+    assert answered.wait(10)
+    assert "callback" in str(caught[0])
+
+
+def test_a_death_reaches_the_thread_that_waits(executor: BlockingExecutor) -> None:
+    pids = executor.submit("nap", (0.0,)).result()
+    future = executor.submit("nap", (60.0,))
+    threading.Timer(0.1, os.kill, (pids[1], signal.SIGKILL)).start()
+    with pytest.raises(WorkerDied):
+        future.result(10)
+    assert isinstance(executor.failure, WorkerDied)
+
+
+def test_close_twice(executor: BlockingExecutor) -> None:
+    executor.close()
+    executor.close()
+    with pytest.raises(ExecutorClosed):
+        executor.submit("echo", (1,))

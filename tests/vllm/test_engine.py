@@ -1,0 +1,84 @@
+"""vLLM's engine on the executor: its tokens are those of vLLM's own executor, and a killed rank ends it at once."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncexec.bench import vllm_tiny
+
+OURS = "asyncexec.integrations.vllm.AsyncExecExecutor"
+KILLS = int(os.environ.get("ASYNCEXEC_VLLM_KILLS", "1"))
+"""How often a rank is killed; each start of the engine takes half a minute."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return vllm_tiny.make_model(tmp_path_factory.mktemp("vllm") / "model")
+
+
+@functools.cache
+def run(
+    model: str,
+    backend: str,
+    tp: int = 1,
+    pp: int = 1,
+    *,
+    core: str = "process",
+    scheduling: str = "sync",
+    mode: str = "generate",
+) -> Any:
+    """What the program printed."""
+    options = {
+        "model": model,
+        "backend": backend,
+        "tp": tp,
+        "pp": pp,
+        "mode": mode,
+        "async_scheduling": scheduling == "async",
+    }
+    process = subprocess.run(
+        [sys.executable, Path(__file__).with_name("program.py"), json.dumps(options)],
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1" if core == "process" else "0"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "core", "scheduling"),
+    [
+        (1, 1, "process", "sync"),
+        (2, 1, "process", "sync"),
+        (2, 1, "inside", "sync"),
+        (2, 1, "process", "async"),
+        (1, 2, "inside", "sync"),
+        (1, 2, "process", "sync"),
+    ],
+)
+def test_tokens_equal_those_of_vllms_executor(model: str, tp: int, pp: int, core: str, scheduling: str) -> None:
+    theirs = run(model, "mp", tp, pp)
+    assert [len(tokens) for tokens in theirs] == [64] * 16
+    assert run(model, OURS, tp, pp, core=core, scheduling=scheduling) == theirs
+
+
+def test_concurrent_requests_of_the_async_engine(model: str) -> None:
+    assert run(model, OURS, 2, mode="concurrent") == run(model, "mp", 2)
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_killed_rank_ends_the_engine_at_once(model: str, number: int) -> None:
+    outcome = run.__wrapped__(model, OURS, 2, mode="killed")
+    assert outcome["errors"] == ["EngineDeadError"]
+    assert outcome["left"] == []
+    assert outcome["seconds"] < 1.0

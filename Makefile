@@ -31,7 +31,7 @@ test-vllm: .venv-vllm/.done  ## the integration with vLLM, in an environment of 
 	.venv-vllm/bin/pytest -c tests/vllm/pytest.ini tests/vllm
 
 bench: .venv/.dev  ## every transport beside its peers, below ten minutes; the overlap of pipeline stages
-	$(BIN)/asyncexec bench --suite full
+	$(BIN)/asyncexec bench --suite full --html asyncexec-bench.html
 	$(BIN)/python benchmarks/pipeline_overlap.py
 
 format: .venv/.dev

@@ -6,17 +6,20 @@ import statistics
 from pathlib import Path
 
 import pytest
+import refresh_figures
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from asyncexec import cli
+from asyncexec import ConfigError, cli
 from asyncexec.bench import command, suites
 from asyncexec.bench.case import Point, Samples
+from asyncexec.bench.figures import carried, slopes
 from asyncexec.bench.harness import Harness
 from asyncexec.bench.host import Host, PeerFailed
 from asyncexec.bench.peers import PEERS, load_peer
 from asyncexec.bench.ratios import quantile, ratio_of_medians
+from asyncexec.bench.report import PLOTS, html_report
 from asyncexec.bench.results import Failure, Header, Line, Results, Turn, Writer
 from asyncexec.bench.suites import Part
 from asyncexec.bench.tables import comparison, summary
@@ -152,16 +155,22 @@ def test_a_small_run_of_two_peers(
 ) -> None:
     points = (Point(1, in_flight=2), Point(1, interval_ms=1.0))
     around = [Part(case, (Point(1),), 1, 0.05) for case in ("idle", "life", "failure")]
-    monkeypatch.setitem(suites.SUITES, "quick", [Part("steps", points, 2, 5), *around])
+    arrays = [Part("steps", (Point(1, tensor_mib=1),), 1, 5), Part("rpc", (Point(1),), 1, 5)]
+    monkeypatch.setitem(suites.SUITES, "quick", [Part("steps", points, 2, 5), *around, *arrays])
     path = tmp_path / "run.jsonl"
-    assert cli.main(["bench", "--peers", "floor", "nccl", "--output", str(path)]) == 0
+    assert cli.main(["bench", "--peers", "floor", "nccl", "memcpy", "--output", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "1 rank, 64 requests, every 1 ms" in printed
     results = Results.read(path)
     assert results.header.versions["python"]
-    assert set(results.turns) == {*(("steps", point) for point in points), *((part.case, Point(1)) for part in around)}
-    for (case, point), peers in results.turns.items():
-        assert list(peers) == ["floor", "nccl"], (case, point)
+    assert set(results.turns) == {
+        *(("steps", point) for point in points),
+        *((part.case, Point(1)) for part in around),
+        *((part.case, part.points[0]) for part in arrays),
+    }
+    able = {("steps", Point(1, tensor_mib=1)): ["nccl", "memcpy"], ("rpc", Point(1)): ["nccl"]}
+    for place, peers in results.turns.items():
+        assert list(peers) == able.get(place, ["floor", "nccl"]), place
         for rounds in peers.values():
             for samples in rounds.values():
                 assert samples
@@ -205,8 +214,8 @@ def test_a_missing_peer_is_named_with_what_to_install(monkeypatch: pytest.Monkey
     ("arguments", "message"),
     [
         (["--suite", "slow"], "asyncexec bench: argument --suite: invalid choice: 'slow'"),
-        (["--peers", "pigeon"], "asyncexec bench: no peer 'pigeon'; valid: floor, floor-codec, local, nccl"),
-        (["--cases", "colour"], "asyncexec bench: no case 'colour'; valid: steps, idle, life, failure"),
+        (["--peers", "pigeon"], "asyncexec bench: no peer 'pigeon'; valid: floor, floor-codec, memcpy, local, nccl"),
+        (["--cases", "colour"], "asyncexec bench: no case 'colour'; valid: steps, rpc, idle, life, failure"),
         (["--show", "/nowhere"], "asyncexec bench: /nowhere: No such file or directory"),
         (["--compare", __file__, __file__], f"asyncexec bench: {__file__}: not a result file: "),
         (["--compare", "one"], "asyncexec bench: argument --compare: expected 2 arguments"),
@@ -228,13 +237,10 @@ def test_what_is_wrong_is_said_in_one_line(
     assert errors.count("\n") == 1
 
 
-def test_the_figures_in_the_documentation_are_those_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    figures = page.partition("```text\n")[2].partition("```")[0]
-    (path,) = re.findall(r"\(\.\./(benchmarks/results/[^)]+)\)", page)
-    assert cli.main(["bench", "--show", str(ROOT / path)]) == 0
-    shown = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert figures.splitlines() == shown
+def test_the_figures_in_the_documentation_are_those_of_the_results() -> None:
+    page = refresh_figures.PAGE.read_text(encoding="utf-8")
+    assert f"`{refresh_figures.RESULTS.relative_to(ROOT)}`" in page
+    assert refresh_figures.refreshed(page, refresh_figures.RESULTS) == page
 
 
 def test_every_peer_and_case_of_a_suite_is_there() -> None:
@@ -243,3 +249,54 @@ def test_every_peer_and_case_of_a_suite_is_there() -> None:
     for parts in suites.SUITES.values():
         assert parts
         command.parts_of("quick", [part.case for part in parts])
+
+
+def test_the_slope_over_ranks_and_what_an_array_costs() -> None:
+    turns = [
+        Turn("steps", Point(ranks, requests=0), peer, number, {"latency_us": [base + slope * ranks + number]})
+        for ranks in (1, 2, 4, 8)
+        for number in range(3)
+        for peer, base, slope in (("floor", 20.0, 2.0), ("nccl", 50.0, 7.5))
+    ]
+    turns += [
+        Turn("steps", Point(4, tensor_mib=16), peer, 0, {"latency_us": [latency]})
+        for peer, latency in (("memcpy", 971.0), ("nccl", 1300.0))
+    ]
+    results = Results(HEADER, turns, [])
+    found = {slope.peer: slope for slope in slopes(results)}
+    assert found["nccl"].ranks == (1, 2, 4, 8)
+    assert found["nccl"].us == pytest.approx((7.5, 7.5, 7.5))
+    assert found["floor"].us.value == pytest.approx(2.0)
+    [figure] = carried(results)
+    assert (figure.peer, figure.ratio) == ("nccl", 1300 / (971 + 29))
+    text = text_of(*summary(Results(HEADER, turns[:24], [])))
+    assert "7.5 [7.5, 7.5]" in text
+
+
+def test_the_report_is_one_file_with_a_plot_for_what_was_measured() -> None:
+    page = html_report(Results.read(ROOT / "benchmarks" / "results" / "quick-2-cores.jsonl"))
+    assert len(page) < 5 << 20
+    assert not re.search(r"(src|href)=.?https?:|@import|<script|url\(https?:", page)
+    for title in PLOTS:
+        section = page.split(f"<h2>{title}</h2>")[1].split("<h2>")[0]
+        assert "<svg" in section or "Not measured in this run." in section, title
+    assert page.count("<svg") >= 5
+    page = html_report(results_of(1.0))
+    assert page.count("<svg") == 3, "latencies, the processor time of a step, and a death"
+    assert page.count("Not measured in this run.") == len(PLOTS) - 3
+    assert "not measured: zeromq: missing" in page
+
+
+def test_where_the_report_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = str(ROOT / "benchmarks" / "results" / "quick-2-cores.jsonl")
+    assert cli.main(["bench", "--show", results, "--html", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.strip().endswith("Is a directory")
+
+
+def test_points_can_be_chosen() -> None:
+    parts = command.some_of(suites.SUITES["grid"], [2, 4], [64], [1])
+    points = [point for part in parts if part.case == "steps" for point in part.points]
+    assert {point.ranks for point in points} == {2, 4}
+    assert {(point.requests, point.tensor_mib) for point in points} == {(64, 0), (64, 1), (64, 16)}
+    with pytest.raises(ConfigError, match="no point of the suite has these numbers; valid: 1 rank, 64 requests"):
+        command.some_of(suites.SUITES["quick"], [3], None, None)

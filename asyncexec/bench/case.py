@@ -17,6 +17,7 @@ class Point(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         ranks: of the peer.
         requests: in the scheduler output that each step carries.
+        tensor_mib: MiB of the array that each step carries in place of a scheduler output; 0 is none.
         in_flight: steps under way at once.
         interval_ms: milliseconds from the start of one step to that of the next; 0 is back to back.
     """
@@ -25,10 +26,16 @@ class Point(msgspec.Struct, frozen=True, omit_defaults=True):
     requests: int = 64
     in_flight: int = 1
     interval_ms: float = 0.0
+    tensor_mib: int = 0
 
     def __str__(self) -> str:
         pace = f"every {self.interval_ms:g} ms" if self.interval_ms else f"{self.in_flight} in flight"
-        return f"{self.ranks} rank{'s' * (self.ranks > 1)}, {self.requests} requests, {pace}"
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)}, {self.payload}, {pace}"
+
+    @property
+    def payload(self) -> str:
+        """What each step carries, for people."""
+        return f"{self.tensor_mib} MiB tensor" if self.tensor_mib else f"{self.requests} requests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +47,18 @@ class Case:
         measure: does one turn with a peer at a point.  The last argument says how much: steps, or seconds.
         fresh: whether it starts, or breaks, the peer by itself: each turn gets a process of its own, which is killed
             afterwards.  Other cases share one that is running.
+        needs: a method that a peer may lack, and is measured only with.
     """
 
     name: str
     measure: Callable[[Peer, Point, float], Awaitable[Samples]]
     fresh: bool = False
+    needs: str = ""
+
+    def can_measure(self, peer: type[Peer], point: Point) -> bool:
+        """Whether a peer can do what is measured there."""
+        if peer.max_ranks is not None and point.ranks > peer.max_ranks:
+            return False
+        if not (peer.tensors if point.tensor_mib else peer.requests):
+            return False
+        return not self.needs or hasattr(peer, self.needs)

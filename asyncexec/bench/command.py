@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from asyncexec.bench import machine
+from asyncexec.bench.case import Point
 from asyncexec.bench.cases import CASES
 from asyncexec.bench.harness import Harness
 from asyncexec.bench.peer import Peer
 from asyncexec.bench.peers import NOT_YET, PEERS, load_peer
+from asyncexec.bench.report import html_report
 from asyncexec.bench.results import Failure, Header, Line, Results, Writer
 from asyncexec.bench.suites import SUITES, Part
 from asyncexec.bench.tables import comparison, summary
@@ -29,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", choices=SUITES, default="quick", help="quick: below 3 minutes; full: below 10 (default: quick)")
     add("--peers", nargs="+", metavar="PEER", help=f"of {', '.join(PEERS)} (default: all that are installed)")
     add("--cases", nargs="+", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
+    add("--ranks", nargs="+", type=int, metavar="N", help="only points with so many ranks")
+    add("--requests", nargs="+", type=int, metavar="N", help="only steps with so many requests, or with arrays")
+    add("--in-flight", nargs="+", type=int, metavar="N", help="only so many steps under way at once")
     add("--output", type=Path, metavar="FILE", help="the results as JSON Lines (default: a new file here)")
+    add("--html", type=Path, metavar="FILE", help="write a report with plots, too; one file that needs no network")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--show", type=Path, metavar="FILE", help="measure nothing; the table of these results")
     other.add_argument(
@@ -56,15 +62,18 @@ def run(args: argparse.Namespace) -> int:
         console.print(comparison(*map(Results.read, args.compare)))
         return 0
     if args.show:
-        show(Results.read(args.show), console)
+        results = Results.read(args.show)
+        show(results, console)
+        write_html(results, args.html, console)
         return 0
-    parts = parts_of(args.suite, args.cases)
+    parts = some_of(parts_of(args.suite, args.cases), args.ranks, args.requests, args.in_flight)
     peers, missing = peers_of(args.peers)
     path = args.output or Path(f"asyncexec-bench-{args.suite}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}.jsonl")
     measure(args.suite, parts, peers, missing, path, console)
     results = Results.read(path)
     show(results, console)
     console.print(f"results: {path}", soft_wrap=True)
+    write_html(results, args.html, console)
     return 1 if results.failures else 0
 
 
@@ -84,6 +93,44 @@ def parts_of(suite: str, cases: Sequence[str] | None) -> list[Part]:
         if name not in CASES:
             raise ConfigError(f"no case {name!r}; valid: {', '.join(CASES)}")
     return [part for part in SUITES[suite] if cases is None or part.case in cases]
+
+
+def some_of(
+    parts: Sequence[Part], ranks: Sequence[int] | None, requests: Sequence[int] | None, in_flight: Sequence[int] | None
+) -> list[Part]:
+    """The parts with those of their points that have one of these numbers each; None is any.
+
+    Raises:
+        ConfigError: no point is left.
+    """
+
+    def wanted(point: Point) -> bool:
+        return (
+            (ranks is None or point.ranks in ranks)
+            and (requests is None or bool(point.tensor_mib) or point.requests in requests)
+            and (in_flight is None or point.in_flight in in_flight)
+        )
+
+    kept = [msgspec.structs.replace(part, points=tuple(filter(wanted, part.points))) for part in parts]
+    if not any(part.points for part in kept):
+        points = {str(point): None for part in parts for point in part.points}
+        raise ConfigError(f"no point of the suite has these numbers; valid: {'; '.join(points)}")
+    return [part for part in kept if part.points]
+
+
+def write_html(results: Results, path: Path | None, console: Console) -> None:
+    """Write the report, where one is wanted, and say where it is.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.write_text(html_report(results), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    console.print(f"report: {path}", soft_wrap=True)
 
 
 def peers_of(names: Sequence[str] | None) -> tuple[dict[str, type[Peer]], dict[str, str]]:

@@ -39,7 +39,7 @@ class Harness:
     @property
     def turns(self) -> int:
         """How many there are."""
-        return sum(part.rounds * len(self._able(point.ranks)) for part in self._parts for point in part.points)
+        return sum(part.rounds * len(self._able(part.case, point)) for part in self._parts for point in part.points)
 
     def run(self) -> None:
         """Measure everything.
@@ -55,8 +55,8 @@ class Harness:
                 if CASES[part.case].fresh:
                     self._run_fresh(part)
 
-    def _able(self, ranks: int) -> list[str]:
-        return [name for name, peer in self._peers.items() if peer.max_ranks is None or ranks <= peer.max_ranks]
+    def _able(self, case: str, point: Point) -> list[str]:
+        return [name for name, peer in self._peers.items() if CASES[case].can_measure(peer, point)]
 
     def _run_shared(self, ranks: int) -> None:
         """Every case that is measured of running peers, at this number of ranks."""
@@ -68,7 +68,8 @@ class Harness:
         if not parts:
             return
         with _running() as hosts:
-            for name in self._able(ranks):
+            able = [self._able(part.case, point) for part, points in parts for point in points]
+            for name in [name for name in self._peers if any(name in names for names in able)]:
                 self._progress(f"starting {name}", self._behind)
                 with self._reporting(parts[0][0].case, Point(ranks), name):
                     hosts[name] = Host(name, ranks, keeps_running=True)
@@ -81,7 +82,8 @@ class Harness:
 
     def _run_turns(self, part: Part, point: Point, number: int, hosts: dict[str, Host]) -> None:
         """One turn of each peer that is still there."""
-        for name, host in list(hosts.items()):
+        for name in [name for name in self._able(part.case, point) if name in hosts]:
+            host = hosts[name]
             with self._reporting(part.case, point, name) as reported:
                 self._take_turn(host, part, point, number)
             if reported:
@@ -91,7 +93,7 @@ class Harness:
         """A case that has a process for each turn."""
         failed: set[tuple[Point, str]] = set()
         for number, point in itertools.product(range(part.rounds), part.points):
-            for name in self._able(point.ranks):
+            for name in self._able(part.case, point):
                 if (point, name) in failed:
                     continue
                 with self._reporting(part.case, point, name) as reported:

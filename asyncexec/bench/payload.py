@@ -1,11 +1,11 @@
-"""What every peer is given to carry: the scheduler output of a decode step."""
+"""What every peer is given to carry: the scheduler output of a decode step, or an array."""
 
 import hashlib
-from typing import TypeVar
+from typing import Any, TypeAlias
 
 import msgspec
-
-T = TypeVar("T")
+import numpy as np
+from numpy.typing import NDArray
 
 
 class SchedulerOutput(msgspec.Struct):
@@ -18,6 +18,15 @@ class SchedulerOutput(msgspec.Struct):
     num_scheduled_tokens: dict[str, int]
     total_num_scheduled_tokens: int
     finished_request_ids: set[str]
+
+
+Array: TypeAlias = NDArray[np.uint8]
+Payload: TypeAlias = SchedulerOutput | Array
+
+
+def array(mib: int) -> Array:
+    """Bytes of memory that has been touched."""
+    return np.ones(mib << 20, dtype=np.uint8)
 
 
 def scheduler_output(requests: int) -> SchedulerOutput:
@@ -39,6 +48,6 @@ def _request_id(number: int) -> str:
     return hashlib.md5(str(number).encode(), usedforsecurity=False).hexdigest()
 
 
-def echo(value: T) -> T:
-    """What the ranks of every peer do: return what they are given."""
-    return value
+def echo(value: Any) -> Any:
+    """What the ranks of every peer do: return what they are given, or the size of an array."""
+    return value.nbytes if isinstance(value, np.ndarray) else value

@@ -5,22 +5,29 @@ import importlib.util
 from collections.abc import Awaitable, Sequence
 from typing import Any, ClassVar
 
-from asyncexec.bench.payload import SchedulerOutput
+from asyncexec.bench.payload import Payload
 
 
 class Peer(abc.ABC):
     """Ranks that echo what they are given.  It lives in a process of its own, on that process's event loop.
 
+    A peer that can run a method by name on all its ranks has `call(number)` too: awaiting it gives that number from
+    each rank.
+
     Attributes:
         needs: packages that must be installed, with the command that installs them.
         uses_ray: whether the harness provides a Ray cluster, whose address is in `RAY_ADDRESS`.
         max_ranks: more it cannot have; None where there is no limit.
+        requests: whether its steps can carry scheduler outputs,
+        tensors: and whether they can carry arrays.
         ranks: how many it has.
     """
 
     needs: ClassVar[dict[str, str]] = {}
     uses_ray: ClassVar[bool] = False
     max_ranks: ClassVar[int | None] = None
+    requests: ClassVar[bool] = True
+    tensors: ClassVar[bool] = True
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
@@ -36,11 +43,11 @@ class Peer(abc.ABC):
         """Bring up the ranks."""
 
     @abc.abstractmethod
-    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+    def submit(self, value: Payload) -> Awaitable[Any]:
         """Start one step on all ranks, at the latest in the next turn of the loop.
 
-        Awaiting gives the first rank's answer, or raises whatever this peer raises if a rank is gone.  At most 4 steps
-        are in flight, and they are awaited in order.
+        Awaiting gives the first rank's answer (a scheduler output is echoed, of an array the size is told), or raises
+        whatever this peer raises if a rank is gone.  At most 4 steps are in flight, and they are awaited in order.
         """
 
     @abc.abstractmethod
@@ -54,3 +61,6 @@ class Peer(abc.ABC):
 
 MAX_IN_FLIGHT = 4
 """Steps that a peer must be able to have in flight."""
+
+MAX_RAY_RANKS = 4
+"""The readers of a Ray graph wait actively: with more of them, few cores measure their scheduler alone."""

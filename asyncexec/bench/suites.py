@@ -1,12 +1,15 @@
 """What is measured, how often and how much: the named suites."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from asyncexec.bench.case import Point
 
+RANKS = (1, 2, 4, 8)
 REQUESTS = (0, 64, 256)
+TENSORS_MIB = (1, 16)
 IN_FLIGHT = (1, 2, 4)
 INTERVALS_MS = (2.0, 10.0)
 
@@ -38,6 +41,29 @@ def _paced(ranks: int, rounds: int, amount: int) -> Part:
     return Part("steps", tuple(Point(ranks, interval_ms=interval) for interval in INTERVALS_MS), rounds, amount)
 
 
+def _wide(ranks: Sequence[int], rounds: int, amount: int) -> Part:
+    """One step in flight on more and more ranks: what a rank costs."""
+    return Part(
+        "steps", tuple(Point(each, requests=requests) for each in ranks for requests in (0, 64)), rounds, amount
+    )
+
+
+def _tensors(ranks: Sequence[int], rounds: int, amount: int) -> Part:
+    return Part("steps", tuple(Point(each, tensor_mib=mib) for each in ranks for mib in TENSORS_MIB), rounds, amount)
+
+
+def _grid() -> Part:
+    """Everything with everything."""
+    payloads: list[dict[str, Any]] = [{"requests": requests} for requests in REQUESTS] + [
+        {"tensor_mib": mib} for mib in TENSORS_MIB
+    ]
+    paces: list[dict[str, Any]] = [{"in_flight": in_flight} for in_flight in IN_FLIGHT] + [
+        {"interval_ms": ms} for ms in INTERVALS_MS
+    ]
+    points = (Point(ranks, **payload, **pace) for ranks in RANKS for payload in payloads for pace in paces)
+    return Part("steps", tuple(points), rounds=8, amount=60)
+
+
 def _around(ranks: Sequence[int], rounds: int) -> list[Part]:
     points = tuple(Point(each) for each in ranks)
     return [
@@ -52,12 +78,18 @@ SUITES: dict[str, list[Part]] = {
         Part("steps", (Point(1),), rounds=5, amount=50),
         _steps(2, rounds=6, amount=50),
         _paced(2, rounds=4, amount=30),
+        _tensors([2], rounds=3, amount=20),
+        Part("rpc", (Point(2),), rounds=4, amount=50),
         *_around([2], rounds=2),
     ],
     "full": [
-        *(_steps(ranks, rounds=8, amount=60) for ranks in (1, 2, 4)),
-        *(_paced(ranks, rounds=4, amount=30) for ranks in (1, 2, 4)),
-        *_around([2], rounds=4),
+        *(_steps(ranks, rounds=6, amount=50) for ranks in (1, 2, 4)),
+        *(_paced(ranks, rounds=4, amount=30) for ranks in (2, 4)),
+        _wide([8], rounds=6, amount=50),
+        _tensors([2, 4], rounds=4, amount=20),
+        Part("rpc", tuple(map(Point, (1, 2, 4))), rounds=4, amount=50),
+        *_around([2], rounds=3),
     ],
+    "grid": [_grid(), Part("rpc", tuple(map(Point, RANKS)), rounds=8, amount=60), *_around(RANKS, rounds=4)],
 }
-"""On two cores, quick takes less than 3 minutes and full less than 10."""
+"""On two cores, quick takes less than 3 minutes, full less than 10, and the whole grid hours: choose some of it."""

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from asyncexec.bench.case import Samples
 from asyncexec.bench.cases.failure import LIMIT_S
+from asyncexec.bench.figures import carried, slopes
 from asyncexec.bench.ratios import quantile, ratio_of_medians
 from asyncexec.bench.results import Place, Results
 
@@ -22,10 +23,26 @@ Places = Mapping[Place, Mapping[str, Rounds]]
 
 
 def summary(results: Results) -> list[Table]:
-    """A table of the steps, and one of what is around them."""
+    """A table of the steps, one of what is around them, and those of what takes more than one point."""
     steps = {place: peers for place, peers in results.turns.items() if place[0] == "steps"}
     around = {place: peers for place, peers in results.turns.items() if place[0] != "steps"}
-    return [make(places) for make, places in ((_steps, steps), (_around, around)) if places]
+    tables = [make(places) for make, places in ((_steps, steps), (_around, around)) if places]
+    return [*tables, *(table for table in (_slopes(results), _carried(results)) if table.row_count)]
+
+
+def _slopes(results: Results) -> Table:
+    table = _table("peer", "payload", "ranks", "us for each further rank [95%]")
+    for slope in slopes(results):
+        ranks = ", ".join(map(str, slope.ranks))
+        table.add_row(slope.peer, slope.payload, ranks, "{:.1f} [{:.1f}, {:.1f}]".format(*slope.us))
+    return table
+
+
+def _carried(results: Results) -> Table:
+    table = _table("peer", "ranks", "payload", "p50 / (a copy for each rank + an empty step of the floor)")
+    for figure in carried(results):
+        table.add_row(figure.peer, str(figure.point.ranks), figure.point.payload, f"{figure.ratio:.2f}")
+    return table
 
 
 def _steps(places: Places) -> Table:
@@ -40,14 +57,14 @@ def _steps(places: Places) -> Table:
 
 
 def _around(places: Places) -> Table:
-    table = _table("peer", "idle cores", "start s", "stop s", "death noticed ms")
+    table = _table("peer", "rpc p50 us", "idle cores", "start s", "stop s", "death noticed ms")
     for ranks in sorted({point.ranks for _, point in places}):
         _section(table, f"{ranks} rank{'s' * (ranks > 1)}")
         at = [peers for (_, point), peers in places.items() if point.ranks == ranks]
         for name in dict.fromkeys(name for peers in at for name in peers):
             together = [samples for peers in at for samples in peers.get(name, {}).values()]
             figures = [_median(together, metric, ".3g") for metric in ("idle_cores", "start_s", "stop_s")]
-            table.add_row(name, *figures, _noticed(together))
+            table.add_row(name, _median(together, "rpc_us", ".0f"), *figures, _noticed(together))
     return table
 
 

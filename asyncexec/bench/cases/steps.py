@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 from asyncexec.bench.case import Case, Point, Samples
-from asyncexec.bench.payload import SchedulerOutput, scheduler_output
+from asyncexec.bench.payload import Payload, array, scheduler_output
 from asyncexec.bench.peer import Peer
 from asyncexec.bench.processes import processor_seconds
 
@@ -18,9 +18,10 @@ WARM_UP = 20
 
 async def measure(peer: Peer, point: Point, amount: float) -> Samples:
     """`amount` steps."""
-    value, steps = scheduler_output(point.requests), int(amount)
+    value = array(point.tensor_mib) if point.tensor_mib else scheduler_output(point.requests)
+    steps = max(5, int(amount) // max(1, point.tensor_mib))
     run = _paced if point.interval_ms else _back_to_back
-    await run(peer, value, point, WARM_UP)
+    await run(peer, value, point, WARM_UP if not point.tensor_mib else 2)
     pids = [os.getpid(), *await peer.pids()]
     used, began = processor_seconds(pids), time.perf_counter()
     latencies = await run(peer, value, point, steps)
@@ -31,7 +32,7 @@ async def measure(peer: Peer, point: Point, amount: float) -> Samples:
     return samples
 
 
-async def _back_to_back(peer: Peer, value: SchedulerOutput, point: Point, steps: int) -> list[float]:
+async def _back_to_back(peer: Peer, value: Payload, point: Point, steps: int) -> list[float]:
     """Seconds of each step from its submission to its answer; a step is submitted as soon as there is room."""
     under_way: collections.deque[tuple[float, Awaitable[Any]]] = collections.deque()
     latencies = []
@@ -50,7 +51,7 @@ async def _taken(under_way: collections.deque[tuple[float, Awaitable[Any]]]) -> 
     return time.perf_counter() - began
 
 
-async def _paced(peer: Peer, value: SchedulerOutput, point: Point, steps: int) -> list[float]:
+async def _paced(peer: Peer, value: Payload, point: Point, steps: int) -> list[float]:
     """The same, a step at a time, each at its moment: in between, as while a GPU computes, nothing happens."""
     latencies = []
     start = time.perf_counter()

@@ -8,6 +8,7 @@ from asyncexec.errors import ConfigError
 PEERS = {
     "floor": "floor:Floor",
     "floor-codec": "floor:DecodingFloor",
+    "memcpy": "memcpy:Memcpy",
     "local": "executors:Local",
     "nccl": "executors:Nccl",
     "ray": "executors:RayDirect",

@@ -4,9 +4,11 @@ import os
 from collections.abc import Awaitable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
+
 from asyncexec import create_executor
-from asyncexec.bench.payload import SchedulerOutput
-from asyncexec.bench.peer import MAX_IN_FLIGHT, Peer
+from asyncexec.bench.payload import Payload, SchedulerOutput
+from asyncexec.bench.peer import MAX_IN_FLIGHT, MAX_RAY_RANKS, Peer
 from asyncexec.registry import list_transports
 
 
@@ -19,6 +21,14 @@ class EchoWorker:
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate: None) -> SchedulerOutput:
         """One step."""
         return scheduler_output
+
+    def sample_tokens(self, array: np.ndarray) -> int:
+        """A step with an array."""
+        return array.nbytes
+
+    def number(self, number: int) -> int:
+        """Returns it."""
+        return number
 
     def pid(self) -> int:
         """Of the rank's process."""
@@ -53,9 +63,15 @@ class AsyncExec(Peer):
         self._executor = create_executor(config, EchoWorker)
         await self._executor.start()
 
-    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+    def submit(self, value: Payload) -> Awaitable[Any]:
         """One step."""
+        if isinstance(value, np.ndarray):
+            return self._executor.sample_tokens(value)
         return self._executor.execute_model(value)
+
+    def call(self, number: int) -> Awaitable[Any]:
+        """A method of every rank."""
+        return self._executor.collective_rpc("number", (number,))
 
     async def pids(self) -> Sequence[int]:
         """Asked of the ranks."""
@@ -85,6 +101,7 @@ class RayDirect(AsyncExec):
 
     transport = "ray"
     uses_ray = True
+    max_ranks = MAX_RAY_RANKS
     options: ClassVar[dict[str, Any]] = {"backend": "none", "driver": "direct"}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from asyncexec import run
-from asyncexec.bench.payload import SchedulerOutput
+from asyncexec.bench.payload import Payload, SchedulerOutput
 from asyncexec.bench.peer import Peer
 from asyncexec.bench.processes import end_with_parent
 
@@ -127,6 +127,8 @@ class _Rank:
 class Floor(Peer):
     """The ranks echo bytes."""
 
+    tensors = False
+
     def make_rank(self) -> _Rank:
         """One that looks at nothing."""
         return _Rank(echo_bytes)
@@ -138,7 +140,7 @@ class Floor(Peer):
             await rank.connect()
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(SchedulerOutput)
 
-    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+    def submit(self, value: Payload) -> Awaitable[Any]:
         """Write to all, then wait for all."""
         body = self._encoder.encode(value)
         return self._replies([rank.call(body) for rank in self._ranks])

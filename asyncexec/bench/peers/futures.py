@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from asyncexec.bench.payload import SchedulerOutput, echo
+from asyncexec.bench.payload import Payload, echo
 from asyncexec.bench.peer import Peer
 from asyncexec.bench.processes import end_with_parent
 
@@ -21,7 +21,7 @@ class Futures(Peer):
         self._pools = [ProcessPoolExecutor(1, context, initializer=end_with_parent) for _ in range(self.ranks)]
         await self.pids()
 
-    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+    def submit(self, value: Payload) -> Awaitable[Any]:
         """A task for each pool."""
         loop = asyncio.get_running_loop()
         return asyncio.gather(*(loop.run_in_executor(pool, echo, value) for pool in self._pools))

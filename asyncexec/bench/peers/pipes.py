@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from asyncexec.bench.payload import SchedulerOutput, echo
+from asyncexec.bench.payload import Payload, echo
 from asyncexec.bench.peer import Peer
 from asyncexec.bench.processes import end_with_parent
 
@@ -27,7 +27,7 @@ class _Rank:
         theirs.close()
         self._reader = ThreadPoolExecutor(1)
 
-    def call(self, value: SchedulerOutput) -> asyncio.Future[Any]:
+    def call(self, value: Payload) -> asyncio.Future[Any]:
         self.connection.send(value)
         return asyncio.get_running_loop().run_in_executor(self._reader, self.connection.recv)
 
@@ -45,7 +45,7 @@ class Pipes(Peer):
         """Start the processes."""
         self._ranks = [_Rank() for _ in range(self.ranks)]
 
-    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+    def submit(self, value: Payload) -> Awaitable[Any]:
         """Send to each rank, and wait for all."""
         return asyncio.gather(*[rank.call(value) for rank in self._ranks])
 

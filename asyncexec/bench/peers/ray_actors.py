@@ -6,8 +6,8 @@ import os
 from collections.abc import Awaitable, Sequence
 from typing import Any, ClassVar
 
-from asyncexec.bench.payload import SchedulerOutput, echo
-from asyncexec.bench.peer import Peer
+from asyncexec.bench.payload import Payload, echo
+from asyncexec.bench.peer import MAX_RAY_RANKS, Peer
 
 RAY = {"ray": "pip install 'asyncexec[ray]'"}
 
@@ -15,9 +15,13 @@ RAY = {"ray": "pip install 'asyncexec[ray]'"}
 class EchoActor:
     """One rank."""
 
-    def step(self, value: SchedulerOutput) -> SchedulerOutput:
+    def step(self, value: Payload) -> Any:
         """One step."""
         return echo(value)
+
+    def number(self, number: int) -> int:
+        """Returns it."""
+        return number
 
     def pid(self) -> int:
         """Of the actor's process."""
@@ -29,6 +33,7 @@ class RayPeer(Peer):
 
     needs: ClassVar[dict[str, str]] = RAY
     uses_ray = True
+    max_ranks = MAX_RAY_RANKS
 
     async def start(self) -> None:
         """Connect, unless that is done, and create the actors."""
@@ -55,6 +60,10 @@ class RayPeer(Peer):
 class RayActors(RayPeer):
     """A method call on each actor for each step."""
 
-    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+    def submit(self, value: Payload) -> Awaitable[Any]:
         """Call each actor, and wait for all."""
         return asyncio.gather(*[actor.step.remote(value) for actor in self.actors])
+
+    def call(self, number: int) -> Awaitable[Any]:
+        """Another method of each actor."""
+        return asyncio.gather(*[actor.number.remote(number) for actor in self.actors])

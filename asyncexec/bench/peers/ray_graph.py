@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Awaitable
 from typing import Any, ClassVar
 
-from asyncexec.bench.payload import SchedulerOutput
+from asyncexec.bench.payload import Payload
 from asyncexec.bench.peer import MAX_IN_FLIGHT
 from asyncexec.bench.peers.ray_actors import RayPeer
 
@@ -18,6 +18,7 @@ class RayGraph(RayPeer):
     """
 
     awaited: ClassVar[bool] = False
+    tensors = False  # each would have Ray make its buffers larger, step after step
 
     async def start(self) -> None:
         """Create the actors and compile."""
@@ -29,7 +30,7 @@ class RayGraph(RayPeer):
             enable_asyncio=self.awaited, _max_inflight_executions=MAX_IN_FLIGHT + 1
         )
 
-    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+    def submit(self, value: Payload) -> Awaitable[Any]:
         """Write the input; awaiting the answer blocks."""
         return self._wait(self._graph.execute(value))
 
@@ -47,9 +48,9 @@ class RayGraphAwaited(RayGraph):
 
     awaited = True
 
-    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+    def submit(self, value: Payload) -> Awaitable[Any]:
         """A task, so that it starts without being awaited."""
         return asyncio.ensure_future(self._step(value))
 
-    async def _step(self, value: SchedulerOutput) -> Any:
+    async def _step(self, value: Payload) -> Any:
         return [await output for output in await self._graph.execute_async(value)]

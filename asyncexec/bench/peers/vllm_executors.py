@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Generator, Sequence
 from typing import Any, ClassVar
 
 from asyncexec.bench import vllm_noop, vllm_tiny
-from asyncexec.bench.payload import SchedulerOutput
+from asyncexec.bench.payload import Payload, SchedulerOutput
 from asyncexec.bench.peer import Peer
 
 
@@ -21,6 +21,7 @@ class VllmMultiproc(Peer):
     needs: ClassVar[dict[str, str]] = {"vllm": "pip install vllm, or make .venv-vllm/.done for CPUs"}
     kind: ClassVar[str] = "mp"
     one_call: ClassVar[bool] = True
+    tensors = False
 
     async def start(self) -> None:
         """Start the executor, in a thread: it takes seconds."""
@@ -29,9 +30,10 @@ class VllmMultiproc(Peer):
         self._executor.collective_rpc("answer_in_one_call", args=(self.one_call,))
         self._payload = functools.cache(vllm_noop.scheduler_output)
 
-    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+    def submit(self, value: Payload) -> Awaitable[Any]:
         """One step, as vLLM's engine core submits it with steps in flight."""
-        future = self._executor.execute_model(self._payload(max(1, len(value.request_ids))), non_block=True)
+        requests = len(value.request_ids) if isinstance(value, SchedulerOutput) else 0
+        future = self._executor.execute_model(self._payload(max(1, requests)), non_block=True)
         return _Blocking(future if self.one_call else self._executor.sample_tokens(None, non_block=True))
 
     async def pids(self) -> Sequence[int]:

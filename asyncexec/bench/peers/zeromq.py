@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from asyncexec.bench.payload import SchedulerOutput, echo
+from asyncexec.bench.payload import Payload, SchedulerOutput, echo
 from asyncexec.bench.peer import Peer
 from asyncexec.bench.processes import end_with_parent
 
@@ -37,6 +37,7 @@ class ZeroMq(Peer):
     """Steps are numbered; one task takes all replies."""
 
     needs: ClassVar[dict[str, str]] = {"zmq": "pip install 'asyncexec[bench]'"}
+    tensors = False
 
     async def start(self) -> None:
         """Bind, start the processes, and wait until each has said that it is there."""
@@ -63,7 +64,7 @@ class ZeroMq(Peer):
             identity, step, body = await self._router.recv_multipart()
             self._waiting.pop((identity, step)).set_result(body)
 
-    def submit(self, value: SchedulerOutput) -> Awaitable[Any]:
+    def submit(self, value: Payload) -> Awaitable[Any]:
         """Send to each rank, and wait for all."""
         self._steps += 1
         step, body = b"%d" % self._steps, self._encoder.encode(value)

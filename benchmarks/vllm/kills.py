@@ -1,4 +1,4 @@
-"""How soon a killed rank is noticed, and whether anything is left: SIGKILL to a rank of a fresh executor, again and again.
+"""How soon a killed rank is noticed, and whether anything is left: SIGKILL to a rank of one executor after another.
 
 .venv-vllm/bin/python benchmarks/vllm/kills.py [COUNT]
 """
@@ -39,9 +39,7 @@ def main() -> None:
     outcomes = [kill_one(number) for number in range(int((*sys.argv[1:], "20")[0]))]
     clean = sum(fine and failed < 0.1 and called < 0.1 for failed, called, fine in outcomes)
     worst = max(max(failed, called) for failed, called, _ in outcomes)
-    print(
-        f"{clean} of {len(outcomes)} noticed within 100 ms with nothing left behind; the slowest took {worst * 1e3:.1f} ms"
-    )
+    print(f"{clean} of {len(outcomes)} noticed within 100 ms, nothing left behind; slowest {worst * 1e3:.1f} ms")
 
 
 if __name__ == "__main__":

@@ -93,10 +93,10 @@ def _left(pids: list[int]) -> list[str]:
 
 
 def _rank_processes() -> list[int]:
-    """Those below this process, in the order in which they started."""
+    """Those below this process, by the titles that vLLM gives them, in the order in which they started."""
     psutil = importlib.import_module("psutil")
     below = psutil.Process().children(recursive=True)
-    return sorted(process.pid for process in below if any("asyncexec_nccl.rank" in part for part in process.cmdline()))
+    return sorted(process.pid for process in below if any("Worker_TP" in part for part in process.cmdline()))
 
 
 def _allow_async_scheduling() -> None:

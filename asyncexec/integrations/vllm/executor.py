@@ -75,7 +75,7 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         except BaseException:
             self._finalizer()
             raise
-        self._ranks.add_failure_callback(functools.partial(_note_failure, weakref.ref(self)))
+        self._ranks.add_failure_callback(functools.partial(_note_failure, weakref.ref(self), self._meeting))
         if callable(settle := getattr(importlib.import_module("vllm.utils.torch_utils"), _SETTLE_THREADS, None)):
             settle()  # this process only schedules
 
@@ -217,7 +217,8 @@ def _done_with_none() -> concurrent.futures.Future[None]:
     return future
 
 
-def _note_failure(executor: "weakref.ref[AsyncExecExecutor]", cause: AsyncExecError) -> None:
+def _note_failure(executor: "weakref.ref[AsyncExecExecutor]", meeting: Path, cause: AsyncExecError) -> None:
+    _remove(meeting)  # now: a failing engine core may be killed before it shuts its executor down
     logger.error("the executor has failed: %s", cause)
     if (there := executor()) is not None:
         there.is_failed = True
@@ -228,6 +229,10 @@ def _close(ranks: BlockingExecutor, meeting: Path) -> None:
     try:
         ranks.close()
     finally:
-        for left in Path("/dev/shm").glob(f"{meeting.name}-*"):
-            left.unlink(missing_ok=True)
-        shutil.rmtree(meeting, ignore_errors=True)
+        _remove(meeting)
+
+
+def _remove(meeting: Path) -> None:
+    for left in Path("/dev/shm").glob(f"{meeting.name}-*"):
+        left.unlink(missing_ok=True)
+    shutil.rmtree(meeting, ignore_errors=True)

@@ -187,20 +187,28 @@ class KVOutputAggregator(_ConnectorAggregator):
             raise ConfigError(f"expected_finished_count is {expected_finished_count}; valid: whole numbers from 1")
         super().__init__(empty_output)
         self._count = expected_finished_count
+        self._most_ranks = 0
         self._lost: set[int] = set()
         self._sending = _Countdown()
         self._recving = _Countdown()
         self._failed_recving: set[str] = set()
 
     def _ranks_change(self, ranks: Sequence[int]) -> None:
+        self._most_ranks = max(self._most_ranks, len(ranks))
         self._lost.clear()  # steps go to ranks that are there; a new one may have a lost one's number
         super()._ranks_change(ranks)
 
     @property
     def _expected(self) -> int:
-        """Reports that a new request takes: no more than there are ranks to give them."""
+        """Reports that a new request takes.
+
+        A count that was given holds as it is, also one above the number of ranks, until there are fewer ranks than there
+        were: then it takes no more than these can give.
+        """
         there = len(self._ranks) - len(self._lost.intersection(self._ranks))
-        return there if self._count is None else max(1, min(self._count, there))
+        if self._count is None or self._count <= there or there >= self._most_ranks:
+            return there if self._count is None else self._count
+        return max(1, there)
 
     def add(self, partial: _Reports, rank: int, output: Any) -> None:
         """Keep the rank's report, if it has one."""

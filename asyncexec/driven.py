@@ -206,17 +206,26 @@ class DrivenLoop(asyncio.SelectorEventLoop):
         while not self._ending:
             wait = max(0.0, self._watched_until - self.time())
             self._outer.poll(None if math.isinf(wait) else wait)
-            # if a caller has the loop, timers are that caller's, who wakes the watcher when leaving
-            self._watched_until = math.inf
             self._armed = False
             if self._lock.acquire(blocking=False):
                 self._owner = threading.get_ident()
                 try:
                     self._run_what_is_due()
-                    if self._timers:
-                        self._watched_until = self._timers[0]
+                    self._watch_timers()
                 finally:
                     self._release()
+            else:
+                self._watch_timers()
+
+    def _watch_timers(self) -> None:
+        """Wake up for the next timer, also for one that a caller sets meanwhile.
+
+        A caller sets a timer before it looks whether the watcher will wake up for it, and the watcher says when it will
+        before it looks at the timers again: so one of them sees what the other did.
+        """
+        until = math.nan
+        while until != (until := self._timers[0] if self._timers else math.inf):
+            self._watched_until = until
 
     def _run_what_is_due(self) -> None:
         self._stirred = True

@@ -212,7 +212,9 @@ class Reference:
 
     def report(self, direction: str, request: str, rank: int, said: Outcome) -> None:
         there = self.ranks - len(self.gone)
-        needed = there if self.expected is None else max(1, min(self.expected, there))
+        needed = there if self.expected is None else self.expected
+        if self.gone:
+            needed = max(1, min(needed, there))
         tally = self.tallies.setdefault((direction, request), ([needed], []))
         tally[1].append(rank)
         self.settle(direction, request, said)

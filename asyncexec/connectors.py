@@ -202,8 +202,8 @@ class KVOutputAggregator(_ConnectorAggregator):
     def _expected(self) -> int:
         """Reports that a new request takes.
 
-        A count that was given holds as it is, also one above the number of ranks, until there are fewer ranks than there
-        were: then it takes no more than these can give.
+        A count that was given holds as it is, also one above the number of ranks, until there are fewer ranks than
+        there were: then it takes no more than these can give.
         """
         there = len(self._ranks) - len(self._lost.intersection(self._ranks))
         if self._count is None or self._count <= there or there >= self._most_ranks:

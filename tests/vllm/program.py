@@ -72,31 +72,34 @@ async def _concurrently(vllm: Any, arguments: dict[str, Any], sampling: Any) -> 
 async def _killed(vllm: Any, arguments: dict[str, Any], sampling: Any) -> Any:
     """SIGKILL to a rank in the middle of a request."""
     engine = _engine(vllm, arguments)
-    pids = _rank_processes()
+    ranks = _rank_processes()
     endless = sampling.clone()
     endless.max_tokens = 400
     requests = [asyncio.create_task(_one(engine, i, prompt, endless)) for i, prompt in enumerate(vllm_tiny.prompts(8))]
     await asyncio.sleep(0.3)
     began = time.monotonic()
-    os.kill(pids[1], signal.SIGKILL)
+    os.kill(ranks[1].pid, signal.SIGKILL)
     outcomes = await asyncio.gather(*requests, return_exceptions=True)
     took = time.monotonic() - began
     engine.shutdown()
-    left = await asyncio.to_thread(_left, pids)
+    left = await asyncio.to_thread(_left, ranks)
     return {"seconds": took, "errors": sorted({type(outcome).__name__ for outcome in outcomes}), "left": left}
 
 
-def _left(pids: list[int]) -> list[str]:
-    """The ranks that live, and shared memory of theirs."""
-    lives = [str(pid) for pid in pids if Path(f"/proc/{pid}").exists()]
+def _left(ranks: list[Any]) -> list[str]:
+    """The ranks that live a second later, and shared memory of theirs."""
+    psutil = importlib.import_module("psutil")
+    _, there = psutil.wait_procs(ranks, timeout=1.0)
+    lives = [str(rank) for rank in there if rank.status() != psutil.STATUS_ZOMBIE]
     return lives + [path.name for path in Path("/dev/shm").glob("asyncexec-vllm-*")]
 
 
-def _rank_processes() -> list[int]:
+def _rank_processes() -> list[Any]:
     """Those below this process, by the titles that vLLM gives them, in the order in which they started."""
     psutil = importlib.import_module("psutil")
     below = psutil.Process().children(recursive=True)
-    return sorted(process.pid for process in below if any("Worker_TP" in part for part in process.cmdline()))
+    ranks = [process for process in below if any("Worker_TP" in part for part in process.cmdline())]
+    return sorted(ranks, key=lambda process: process.pid)
 
 
 def _allow_async_scheduling() -> None:

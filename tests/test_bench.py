@@ -1,5 +1,6 @@
 """`asyncexec bench`: what samples show, what is kept of them, and one small run."""
 
+import importlib.util
 import io
 import re
 import statistics
@@ -9,6 +10,7 @@ import pytest
 import refresh_figures
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.console import Console
 
 from asyncexec import ConfigError, cli
@@ -220,6 +222,8 @@ def test_a_missing_peer_is_named_with_what_to_install(monkeypatch: pytest.Monkey
         (["--compare", __file__, __file__], f"asyncexec bench: {__file__}: not a result file: "),
         (["--compare", "one"], "asyncexec bench: argument --compare: expected 2 arguments"),
         (["--output", "/nowhere/file"], "asyncexec bench: /nowhere/file: No such file or directory"),
+        (["--compare", "a", "b", "--html", "c"], "asyncexec bench: --html: a comparison has no report; --show FILE"),
+        (["--show", __file__, "--html", "/nowhere/x"], f"asyncexec bench: {__file__}: not a result file: "),
         (["--show", "a", "--compare", "a", "b"], "asyncexec bench: argument --compare: not allowed with"),
     ],
 )
@@ -281,10 +285,59 @@ def test_the_report_is_one_file_with_a_plot_for_what_was_measured() -> None:
         section = page.split(f"<h2>{title}</h2>")[1].split("<h2>")[0]
         assert "<svg" in section or "Not measured in this run." in section, title
     assert page.count("<svg") >= 5
+    assert "<text" in page, "words are text, not outlines"
     page = html_report(results_of(1.0))
     assert page.count("<svg") == 3, "latencies, the processor time of a step, and a death"
     assert page.count("Not measured in this run.") == len(PLOTS) - 3
     assert "not measured: zeromq: missing" in page
+
+
+@pytest.mark.parametrize("usual", [Point(4), Point(2, requests=256), Point(1, in_flight=2)], ids=str)
+def test_the_report_shows_what_was_measured_also_elsewhere(usual: Point) -> None:
+    points = [
+        usual,
+        *(replace(usual, **{name: getattr(usual, name) * 2}) for name in ("ranks", "requests", "in_flight")),
+    ]
+    samples = {"latency_us": [1.0, 2.0], "steps_per_s": [9.0], "cpu_us_per_step": [3.0]}
+    turns = [Turn("steps", point, "nccl", 0, samples) for point in points]
+    turns += [Turn("idle", Point(usual.ranks), "nccl", 0, {"idle_cores": [0.0001]})]
+    turns += [
+        Turn("failure", Point(usual.ranks), "local", 0, {}),
+        Turn("unheard-of", usual, "new", 0, {"new_s": [1.0]}),
+    ]
+    page = html_report(Results(HEADER, turns, [Failure("steps", usual, "pipes", "it <broke>")]))
+    for title in PLOTS:
+        drawn = f'<svg role="img" aria-label="{title}"' in page
+        assert drawn != ("array" in title or "death" in title), title
+    assert page.count(">nccl<") == 4 + 2, "legends of the curves, names of the bars"
+    assert "failed: pipes, steps, " in page
+    assert "it &lt;broke&gt;" in page
+
+
+def test_each_peer_looks_the_same_in_every_report_and_unlike_the_others() -> None:
+    def colours(*peers: str) -> set[str]:
+        turns = [Turn("idle", Point(2), peer, 0, {"idle_cores": [1.0]}) for peer in peers]
+        page = html_report(Results(HEADER, turns, []))
+        found = re.findall(r'id="patch_\d+">\s*<path[^>]*style="fill: (#\w+)"', page)
+        return set(found) - {"#ffffff"}
+
+    assert len(colours("zeromq")) == 1
+    assert colours("zeromq") < colours("pipes", "zeromq")
+    assert len(colours(*PEERS)) == len(PEERS) - 1, "nccl's black is what SVG has where no colour is written"
+
+
+def test_a_report_that_cannot_be_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run.jsonl"
+    arguments = ["bench", "--peers", "floor", "--output", str(output), "--html"]
+    assert cli.main([*arguments, str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"asyncexec bench: {tmp_path}: Is a directory\n"
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    assert cli.main([*arguments, str(tmp_path / "run.html")]) == 2
+    assert "the report needs matplotlib: pip install 'asyncexec[bench]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_the_report_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from asyncexec.bench.cases import CASES
 from asyncexec.bench.harness import Harness
 from asyncexec.bench.peer import Peer
 from asyncexec.bench.peers import NOT_YET, PEERS, load_peer
-from asyncexec.bench.report import html_report
+from asyncexec.bench.report import html_report, require_matplotlib
 from asyncexec.bench.results import Failure, Header, Line, Results, Writer
 from asyncexec.bench.suites import SUITES, Part
 from asyncexec.bench.tables import comparison, summary
@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     """
     console = make_console()
     if args.compare:
+        if args.html:
+            raise ConfigError("--html: a comparison has no report; --show FILE --html REPORT makes that of one run")
         console.print(comparison(*map(Results.read, args.compare)))
         return 0
     if args.show:
@@ -68,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     parts = some_of(parts_of(args.suite, args.cases), args.ranks, args.requests, args.in_flight)
     peers, missing = peers_of(args.peers)
+    if args.html:
+        require_report(args.html)
     path = args.output or Path(f"asyncexec-bench-{args.suite}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}.jsonl")
     measure(args.suite, parts, peers, missing, path, console)
     results = Results.read(path)
@@ -116,6 +120,19 @@ def some_of(
         points = {str(point): None for part in parts for point in part.points}
         raise ConfigError(f"no point of the suite has these numbers; valid: {'; '.join(points)}")
     return [part for part in kept if part.points]
+
+
+def require_report(path: Path) -> None:
+    """Refuse a report that could not be written, before minutes are spent on measuring.
+
+    Raises:
+        ConfigError: says why.
+    """
+    require_matplotlib()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
 
 
 def write_html(results: Results, path: Path | None, console: Console) -> None:

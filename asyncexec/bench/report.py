@@ -2,20 +2,31 @@
 
 import html
 import importlib
+import importlib.util
 import io
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import msgspec
 from rich.console import Console
 
 from asyncexec.bench.case import Point, Samples
+from asyncexec.bench.cases.failure import LIMIT_S
+from asyncexec.bench.peers import PEERS
 from asyncexec.bench.results import Results
 from asyncexec.bench.tables import REFERENCE, summary
 from asyncexec.errors import ConfigError
 
 Plot = Callable[[Results, Any, Mapping[str, Any]], None]
 """Draws into axes of matplotlib with the style of each peer; raises LookupError where nothing was measured."""
+
+ByPeer = Mapping[str, list[float]]
+"""Samples of one metric at one point, by peer."""
+
+_USUAL = Point(2)
+"""Plots show this point, or the measured one that is most like it."""
 
 _WIDTH = 128
 
@@ -49,12 +60,7 @@ def html_report(results: Results) -> str:
 
 def _figures(results: Results) -> Iterator[str]:
     plt = _matplotlib()
-    names = list(dict.fromkeys(name for peers in results.turns.values() for name in peers))
-    colours, lines = plt.get_cmap("tab20"), ("-", "--", "-.", ":")
-    styles: dict[str, Any] = {
-        n: {"color": colours(i % 20), "linestyle": lines[i % 4], "label": n} for i, n in enumerate(names)
-    }
-    styles.get(REFERENCE, {})["linewidth"] = 3
+    styles = _styles(plt, results)
     for title, plot in PLOTS.items():
         figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
         try:
@@ -66,114 +72,145 @@ def _figures(results: Results) -> Iterator[str]:
             plt.close(figure)
         axes.grid(visible=True, alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            figure.legend(loc="outside right upper", fontsize="small")
+            figure.legend(loc="outside right upper", fontsize="small", handlelength=4)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-        svg = drawn.getvalue()
-        yield f"<h2>{_text(title)}</h2>{svg[svg.index('<svg') :]}"
+        svg = drawn.getvalue().partition("<svg")[2]
+        yield f'<h2>{_text(title)}</h2><svg role="img" aria-label="{_text(title)}"{svg}'
+
+
+def _styles(plt: Any, results: Results) -> dict[str, Any]:
+    """Colour, line and marker of each peer, the same in every report; the reference stands out."""
+    measured = (name for peers in results.turns.values() for name in peers)
+    colours, lines, markers = plt.get_cmap("tab20"), ("-", "--", "-.", ":"), "osD^v<>phXP*d"
+    styles: dict[str, Any] = {
+        name: {
+            "color": colours(i % 20),
+            "linestyle": lines[i % len(lines)],
+            "marker": markers[i % len(markers)],
+            "markersize": 5,
+            "label": name,
+        }
+        for i, name in enumerate(dict.fromkeys([*PEERS, *measured]))
+    }
+    styles[REFERENCE] |= {"color": "black", "linestyle": "-", "linewidth": 3}
+    return styles
 
 
 def _latencies(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
     """Shares of the steps that took no longer."""
-    point = Point(2)
-    for peer, rounds in _at(results, "steps", point).items():
-        samples = sorted(_together(rounds.values(), "latency_us"))
+    point, latencies = _at(results, "steps", "latency_us")
+    for peer, samples in latencies.items():
         shares = [(number + 1) / len(samples) for number in range(len(samples))]
-        axes.plot(samples, shares, **styles[peer])
-    axes.set(xscale="log", xlabel=f"latency of a step, us ({point})", ylabel="share of the steps")
+        axes.plot(sorted(samples), shares, **styles[peer], markevery=0.15)
+    axes.set(xscale="log", xlabel=f"latency of a step, us ({point})", ylabel="share of the steps that took no longer")
 
 
 def _depths(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
-    _lines(results, axes, styles, "steps_per_s", lambda p: p == Point(2, in_flight=p.in_flight), lambda p: p.in_flight)
-    axes.set(xlabel="steps in flight (2 ranks, 64 requests)", ylabel="steps/s")
+    where = _lines(results, axes, styles, "steps_per_s", "in_flight")
+    axes.set(xlabel=f"steps in flight ({where})", ylabel="steps/s")
 
 
 def _ranks(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
-    _lines(results, axes, styles, "latency_us", lambda p: p == Point(p.ranks), lambda p: p.ranks)
-    axes.set(yscale="log", xlabel="ranks (64 requests, 1 in flight)", ylabel="latency of a step, us")
+    where = _lines(results, axes, styles, "latency_us", "ranks")
+    axes.set(yscale="log", xlabel=f"ranks ({where})", ylabel="latency of a step, us")
 
 
 def _requests(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
-    _lines(results, axes, styles, "latency_us", lambda p: p == Point(2, requests=p.requests), lambda p: p.requests)
-    axes.set(yscale="log", xlabel="requests (2 ranks, 1 in flight)", ylabel="latency of a step, us")
+    where = _lines(results, axes, styles, "latency_us", "requests")
+    axes.set(yscale="log", xlabel=f"requests ({where})", ylabel="latency of a step, us")
 
 
 def _tensors(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
-    _lines(
-        results,
-        axes,
-        styles,
-        "latency_us",
-        lambda p: p == Point(2, tensor_mib=p.tensor_mib) and p.tensor_mib > 0,
-        lambda p: p.tensor_mib,
-    )
-    axes.set(yscale="log", xlabel="MiB of the array that a step carries (2 ranks)", ylabel="latency of a step, us")
+    where = _lines(results, axes, styles, "latency_us", "tensor_mib")
+    axes.set(yscale="log", xlabel=f"MiB of the array ({where})", ylabel="latency of a step, us")
 
 
 def _processor(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
-    _bars(results, axes, styles, "steps", "cpu_us_per_step")
-    axes.set(xlabel="processor time of a step, driver and ranks, us (2 ranks, 64 requests, 1 in flight)")
+    point = _bars(results, axes, styles, "steps", "cpu_us_per_step")
+    axes.set(xlabel=f"processor time of a step, driver and ranks, us ({point})")
 
 
 def _idle(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
-    _bars(results, axes, styles, "idle", "idle_cores")
-    axes.set(xlabel="cores in use while no step is submitted (2 ranks)")
+    point = _bars(results, axes, styles, "idle", "idle_cores")
+    axes.set(xlabel=f"cores in use while no step is submitted (ranks: {point.ranks})")
 
 
 def _failures(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
-    _bars(results, axes, styles, "failure", "failure_ms")
-    axes.set(xscale="log", xlabel="ms from the death of a rank to the exception of a step (2 ranks); 3000 is never")
+    point = _bars(results, axes, styles, "failure", "failure_ms")
+    never = f"{LIMIT_S * 1e3:.0f} is not noticed"
+    axes.set(xscale="log", xlabel=f"ms from a rank's death to the exception of a step (ranks: {point.ranks}); {never}")
 
 
 PLOTS: dict[str, Plot] = {
-    "Latency of a step": _latencies,
-    "Steps in flight": _depths,
-    "Ranks": _ranks,
-    "Requests": _requests,
-    "Arrays": _tensors,
+    "How long a step takes": _latencies,
+    "Steps per second, over steps in flight": _depths,
+    "How long a step takes, over ranks": _ranks,
+    "How long a step takes, over its requests": _requests,
+    "How long a step takes, over the size of an array that it carries": _tensors,
     "Processor time of a step": _processor,
-    "Idle": _idle,
-    "Death of a rank": _failures,
+    "Cores in use while idle": _idle,
+    "How soon the death of a rank is noticed": _failures,
 }
 
 
-def _lines(
-    results: Results,
-    axes: Any,
-    styles: Mapping[str, Any],
-    metric: str,
-    has: Callable[[Point], bool],
-    along: Callable[[Point], int],
-) -> None:
-    """A curve for each peer through its medians at the points that qualify."""
-    curves: dict[str, dict[int, float]] = {}
+def _lines(results: Results, axes: Any, styles: Mapping[str, Any], metric: str, along: str) -> str:
+    """A curve for each peer through its medians at points that differ in one attribute; says what they share."""
+    groups: dict[Point, dict[int, ByPeer]] = defaultdict(dict)
+    points: dict[Point, list[Point]] = defaultdict(list)
     for (case, point), peers in results.turns.items():
-        if case == "steps" and has(point):
-            for peer, rounds in peers.items():
-                if samples := _together(rounds.values(), metric):
-                    curves.setdefault(peer, {})[along(point)] = statistics.median(samples)
-    if not any(len(curve) > 1 for curve in curves.values()):
-        raise LookupError("no peer was measured at two such points")
-    for peer, curve in curves.items():
-        axes.plot(*zip(*sorted(curve.items()), strict=True), marker="o", markersize=4, **styles[peer])
-    axes.set_xticks(sorted({at for curve in curves.values() for at in curve}))
+        # a scheduler output is no array of size 0
+        if case == "steps" and not (along == "tensor_mib" and point.tensor_mib == 0):
+            group = msgspec.structs.replace(point, **{along: getattr(_USUAL, along)})
+            groups[group][getattr(point, along)] = _measured(peers, metric)
+            points[group].append(point)
+    able = [group for group, by in groups.items() if sum(map(bool, by.values())) > 1]
+    if not able:
+        raise LookupError(f"{metric} was not measured at two points that differ in {along} alone")
+    chosen = max(able, key=_likeness)
+    for peer in dict.fromkeys(peer for samples in groups[chosen].values() for peer in samples):
+        curve = {at: statistics.median(by[peer]) for at, by in sorted(groups[chosen].items()) if peer in by}
+        axes.plot(list(curve), list(curve.values()), **styles[peer])
+    axes.set_xticks(sorted(groups[chosen]))
+    first, *others = (str(point).split(", ") for point in points[chosen])
+    return ", ".join(part for part in first if all(part in other for other in others))
 
 
-def _bars(results: Results, axes: Any, styles: Mapping[str, Any], case: str, metric: str) -> None:
-    peers = _at(results, case, Point(2))
-    values = {peer: _together(rounds.values(), metric) for peer, rounds in peers.items()}
-    names = [peer for peer in reversed(values) if values[peer]]
-    axes.barh(names, [statistics.median(values[name]) for name in names], color=[styles[n]["color"] for n in names])
+def _bars(results: Results, axes: Any, styles: Mapping[str, Any], case: str, metric: str) -> Point:
+    point, values = _at(results, case, metric)
+    names = list(values)[::-1]  # bars begin at the bottom
+    medians = [statistics.median(values[name]) for name in names]
+    bars = axes.barh(names, medians, color=[styles[name]["color"] for name in names])
+    axes.bar_label(bars, [f"{median:.0f}" if median >= 100 else f"{median:.3g}" for median in medians], padding=3)
+    axes.margins(x=0.1)
+    return point
 
 
-def _together(rounds: Iterable[Samples], metric: str) -> list[float]:
-    return [value for samples in rounds for value in samples.get(metric, ())]
+def _at(results: Results, case: str, metric: str) -> tuple[Point, ByPeer]:
+    """The point of this case that is most like the usual one, and each peer's samples there."""
+    found = {
+        point: samples
+        for (name, point), peers in results.turns.items()
+        if name == case and (samples := _measured(peers, metric))
+    }
+    if not found:
+        raise LookupError(f"{metric} was not measured")
+    point = max(found, key=_likeness)
+    return point, found[point]
 
 
-def _at(results: Results, case: str, point: Point) -> Mapping[str, Any]:
-    if (case, point) not in results.turns:
-        raise LookupError(f"{case} was not measured at {point}")
-    return results.turns[case, point]
+def _measured(peers: Mapping[str, Mapping[int, Samples]], metric: str) -> ByPeer:
+    """The samples of all rounds, of each peer that has some."""
+    together = {
+        peer: [value for samples in rounds.values() for value in samples.get(metric, ())]
+        for peer, rounds in peers.items()
+    }
+    return {peer: samples for peer, samples in together.items() if samples}
+
+
+def _likeness(point: Point) -> int:
+    """How many attributes are the usual ones."""
+    return sum(getattr(point, name) == getattr(_USUAL, name) for name in point.__struct_fields__)
 
 
 def _as_text(table: Any) -> str:
@@ -186,13 +223,22 @@ def _text(value: str) -> str:
     return html.escape(value, quote=False)
 
 
+def require_matplotlib() -> None:
+    """Say so where the report cannot be drawn.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("the report needs matplotlib: pip install 'asyncexec[bench]'")
+
+
 def _matplotlib() -> Any:
-    try:
-        matplotlib: Any = importlib.import_module("matplotlib")
-    except ImportError:
-        raise ConfigError("the report needs matplotlib: pip install 'asyncexec[bench]'") from None
+    require_matplotlib()
+    matplotlib: Any = importlib.import_module("matplotlib")
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "asyncexec"
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text that can be searched and read aloud
     return importlib.import_module("matplotlib.pyplot")
 
 

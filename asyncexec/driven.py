@@ -132,12 +132,14 @@ class DrivenLoop(asyncio.SelectorEventLoop):
     def drive(self, future: DrivenFuture[Any], timeout: float | None) -> bool:
         """Run the loop on this thread until the future is done or the time is over; False where another thread runs it.
 
+        A thread that runs a loop of its own, such as a notebook's, cannot run this one: there the watcher does.
+
         Raises:
             RuntimeError: in a callback of the loop, where waiting would wait for ever.
         """
         if self.is_held:
             raise RuntimeError("result() of a future that is not done, in a callback of its own executor")
-        if not self._take():
+        if _runs_a_loop() or not self._take():
             return False
         try:
             if self._armed:
@@ -236,6 +238,14 @@ class DrivenLoop(asyncio.SelectorEventLoop):
         now = self.time()
         while self._timers and self._timers[0] <= now:
             heapq.heappop(self._timers)
+
+
+def _runs_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _nothing() -> None:

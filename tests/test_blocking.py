@@ -127,3 +127,13 @@ def test_close_twice(executor: BlockingExecutor) -> None:
     executor.close()
     with pytest.raises(ExecutorClosed):
         executor.submit("echo", (1,))
+
+
+async def test_a_thread_that_runs_a_loop_of_its_own_may_wait_too(executor: BlockingExecutor) -> None:
+    """As a notebook's does."""
+    for number in range(20):
+        executor.notify("note", (number,))
+        assert executor.submit("echo", (number,), output_rank=1, is_step=True).result(10) == (1, number)
+    with pytest.raises(TimeoutError):
+        executor.submit("nap", (0.3,)).result(0.01)
+    assert executor.submit("notes").result() == [list(range(20))] * 2

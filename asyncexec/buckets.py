@@ -109,12 +109,12 @@ class Filling(NamedTuple):
 
 @contextlib.contextmanager
 def _some_threads(torch: Any) -> Iterator[None]:
-    """Leave half of the cores to the ranks: 64 threads on 64 cores copied at a quarter of what 32 did.
+    """Leave a quarter of the cores to the ranks: 64 threads on 64 cores copied at a quarter of what 32 did.
 
-    The number is this thread's own, also where torch has it for all.  benchmarks/gpu/weights.py measures it.
+    OpenMP has the number for each thread, torch beside it for threads that begin.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(min(before, max(1, (os.cpu_count() or 1) // 2)))
+    torch.set_num_threads(min(before, -(-3 * (os.cpu_count() or 1) // 4)))
     try:
         yield
     finally:

@@ -1,11 +1,10 @@
 """Our aggregators beside vLLM's own, on vLLM's classes: equal wherever vLLM's does not assert or drop a report."""
 
 import copy
+import random
+from collections.abc import Callable
 from typing import Any
 
-import hypothesis
-import hypothesis.strategies as st
-import pytest
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorWorkerMetadata
 from vllm.distributed.ec_transfer.ec_connector.utils import ECOutputAggregator as VllmECAggregator
 from vllm.distributed.kv_events import BlockRemoved
@@ -61,46 +60,65 @@ def stats(numbers: dict[str, int]) -> Any:
     return OffloadingConnectorStats({"types": {name: kinds[name] for name in numbers}, "data": values})
 
 
-def events(blocks: list[int]) -> Any:
-    made = LMCacheKVEvents(num_workers=1)
-    made.add_events([BlockRemoved(block_hashes=[block], medium=None) for block in blocks])
-    return made
+class History:
+    """Random reports of a random number of ranks over some steps; the same for the same seed."""
 
+    def __init__(self, seed: int) -> None:
+        self._draw = draw = random.Random(seed)
+        self.ranks = draw.randint(1, 4)
+        self.output_rank = draw.randrange(self.ranks)
+        self.count = draw.choice([None, 1, 2, self.ranks])
+        self.many_connectors = draw.random() < 0.3
+        self.steps = [self._step() for _ in range(draw.randint(1, 8))]
 
-request_sets = st.sets(st.sampled_from(REQUESTS), max_size=3)
-some_stats = st.builds(stats, st.dictionaries(st.sampled_from(["saved", "free", "seconds"]), st.integers(1, 9)))
-some_meta = st.builds(OffloadingWorkerMetadata, st.dictionaries(st.integers(0, 3), st.just(1), max_size=2))
-many_stats = st.builds(MultiKVConnectorStats, st.dictionaries(st.sampled_from(["x", "y"]), some_stats))
-many_meta = st.builds(MultiKVConnectorWorkerMetadata, st.tuples(st.none() | some_meta, st.none() | some_meta))
+    def _step(self) -> list[Any]:
+        """Every rank's output; all None in the first half of a step."""
+        if self._draw.random() < 0.2:
+            return [None] * self.ranks
+        return [output(self._report()) for _ in range(self.ranks)]
 
+    def _report(self) -> Any:
+        draw = self._draw
+        if draw.random() < 0.2:
+            return None
+        stats, meta = (self._many_stats, self._many_meta) if self.many_connectors else (self._stats, self._meta)
+        return KVConnectorOutput(
+            finished_sending=self._or_none(self._requests),
+            finished_recving=self._or_none(self._requests),
+            failed_recving=self._requests(),
+            invalid_block_ids=set(draw.sample(range(6), draw.randint(0, 2))),
+            kv_connector_stats=self._or_none(stats),
+            kv_cache_events=self._or_none(self._events),
+            kv_connector_worker_meta=self._or_none(meta),
+            expected_finished_count=draw.choice([0, 0, 0, 1, 2, 3]),
+        )
 
-def reports(stats: Any, meta: Any) -> Any:
-    return st.none() | st.builds(
-        KVConnectorOutput,
-        finished_sending=st.none() | request_sets,
-        finished_recving=st.none() | request_sets,
-        failed_recving=request_sets,
-        invalid_block_ids=st.sets(st.integers(0, 5), max_size=2),
-        kv_connector_stats=st.none() | stats,
-        kv_cache_events=st.none() | st.builds(events, st.lists(st.integers(0, 3), max_size=3)),
-        kv_connector_worker_meta=st.none() | meta,
-        expected_finished_count=st.sampled_from([0, 0, 0, 1, 2, 3]),
-    )
+    def _or_none(self, make: Callable[[], Any]) -> Any:
+        return make() if self._draw.random() < 0.6 else None
 
+    def _requests(self) -> set[str]:
+        return set(self._draw.sample(REQUESTS, self._draw.randint(0, 3)))
 
-def steps(ranks: int, stats: Any, meta: Any) -> Any:
-    """A step is every rank's report; None where no rank has an output, as in the first half of a step."""
-    return st.lists(st.none() | st.lists(reports(stats, meta), min_size=ranks, max_size=ranks), min_size=1, max_size=8)
+    def _stats(self) -> Any:
+        names = self._draw.sample(["saved", "free", "seconds"], self._draw.randint(0, 3))
+        return stats({name: self._draw.randint(1, 9) for name in names})
 
+    def _many_stats(self) -> Any:
+        return MultiKVConnectorStats(
+            {name: self._stats() for name in self._draw.sample("xy", self._draw.randint(0, 2))}
+        )
 
-histories = st.integers(1, 4).flatmap(
-    lambda ranks: st.tuples(
-        st.just(ranks),
-        st.integers(0, ranks - 1),
-        st.sampled_from([None, 1, 2, ranks]),
-        steps(ranks, some_stats, some_meta) | steps(ranks, many_stats, many_meta),
-    )
-)
+    def _meta(self) -> Any:
+        return OffloadingWorkerMetadata(dict.fromkeys(self._draw.sample(range(4), self._draw.randint(0, 2)), 1))
+
+    def _many_meta(self) -> Any:
+        return MultiKVConnectorWorkerMetadata((self._or_none(self._meta), self._or_none(self._meta)))
+
+    def _events(self) -> Any:
+        made = LMCacheKVEvents(num_workers=1)
+        blocks = self._draw.choices(range(4), k=self._draw.randint(0, 3))
+        made.add_events([BlockRemoved(block_hashes=[block], medium=None) for block in blocks])
+        return made
 
 
 def fields(report: Any) -> dict[str, Any]:
@@ -117,30 +135,24 @@ def test_all_fields_are_compared() -> None:
     assert set(KVConnectorOutput.__dataclass_fields__) == {*FIELDS, "kv_cache_events", "expected_finished_count"}
 
 
-@pytest.mark.timeout(900)
-@hypothesis.settings(max_examples=10_000, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
-@hypothesis.given(histories)
-def test_histories_are_merged_as_vllm_merges_them(history: tuple[int, int, int | None, list[Any]]) -> None:
-    ranks, output_rank, count, steps = history
-    theirs = VllmAggregator.from_connector(Connector(count), ranks)
-    ours = step_aggregator(kv_aggregator(Connector(count), ranks))
-    assert ours is not None
-    for step in steps:
-        given = [None if step is None else output(step[rank]) for rank in range(ranks)]
-        before = copy.deepcopy(given)
-        expected = theirs.aggregate(copy.deepcopy(given), output_rank)
-        merged = merge(ours, given, output_rank)
-        if expected is None:
-            assert merged is None
-            continue
-        assert merged.req_ids == expected.req_ids
-        assert fields(merged.kv_connector_output) == fields(expected.kv_connector_output)
-        if merged.kv_connector_output is not None:
-            there = expected.kv_connector_output.expected_finished_count
-            assert merged.kv_connector_output.expected_finished_count == there
-        if step is not None:  # inputs are not changed
-            for made, was in zip(given, before, strict=True):
-                assert fields(made.kv_connector_output) == fields(was.kv_connector_output)
+def test_ten_thousand_histories_are_merged_as_vllm_merges_them() -> None:
+    for seed in range(10_000):
+        history = History(seed)
+        theirs = VllmAggregator.from_connector(Connector(history.count), history.ranks)
+        ours = step_aggregator(kv_aggregator(Connector(history.count), history.ranks))
+        for number, given in enumerate(history.steps):
+            expected = theirs.aggregate(copy.deepcopy(given), history.output_rank)
+            before = [made and fields(made.kv_connector_output) for made in copy.deepcopy(given)]
+            merged = merge(ours, given, history.output_rank)
+            where = f"seed {seed}, step {number}"
+            assert [made and fields(made.kv_connector_output) for made in given] == before, where  # not changed
+            if expected is None:
+                assert merged is None, where
+                continue
+            assert merged.req_ids == expected.req_ids, where
+            report, as_vllm = merged.kv_connector_output, expected.kv_connector_output
+            assert fields(report) == fields(as_vllm), where
+            assert report is None or report.expected_finished_count == as_vllm.expected_finished_count, where
 
 
 class Saved(ECConnectorWorkerMetadata):
@@ -165,22 +177,23 @@ def ec_fields(made: Any) -> Any:
     return report.finished_sending, report.finished_recving, report.ec_connector_stats, meta and meta.items
 
 
-ec_reports = st.builds(
-    ECConnectorOutput,
-    finished_sending=st.none() | request_sets,
-    finished_recving=st.none() | request_sets,
-    ec_connector_stats=st.none() | some_stats,
-    ec_connector_worker_meta=st.none() | st.builds(Saved, st.lists(st.sampled_from(REQUESTS), max_size=2)),
-)
-
-
-@hypothesis.settings(max_examples=2_000, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
-@hypothesis.given(st.lists(st.none() | ec_reports, min_size=1, max_size=4), st.data())
-def test_encoder_reports_are_merged_as_vllm_merges_them(reports: list[Any], data: Any) -> None:
-    output_rank = data.draw(st.integers(0, len(reports) - 1))
-    made = [ModelRunnerOutput(req_ids=[], req_id_to_index={}, ec_connector_output=report) for report in reports]
-    expected = VllmECAggregator().aggregate(copy.deepcopy(made), output_rank)
-    assert ec_fields(merge(ec_aggregator(), made, output_rank)) == ec_fields(expected)
+def test_two_thousand_encoder_reports_are_merged_as_vllm_merges_them() -> None:
+    draw = random.Random(0)
+    for number in range(2_000):
+        made = [
+            ec_output(
+                finished_sending=draw.choice([None, {"a"}, {"b", "c"}]),
+                finished_recving=draw.choice([None, {"a"}, {"b", "d"}]),
+                ec_connector_stats=draw.choice([None, stats({"saved": rank + 1}), stats({"seconds": rank})]),
+                ec_connector_worker_meta=draw.choice([None, Saved([]), Saved([f"of rank {rank}"])]),
+            )
+            if draw.random() < 0.8
+            else ModelRunnerOutput(req_ids=[], req_id_to_index={})
+            for rank in range(draw.randint(1, 4))
+        ]
+        output_rank = draw.randrange(len(made))
+        expected = VllmECAggregator().aggregate(copy.deepcopy(made), output_rank)
+        assert ec_fields(merge(ec_aggregator(), made, output_rank)) == ec_fields(expected), f"number {number}"
 
 
 def test_a_request_is_finished_when_the_last_rank_says_so_and_blocks_are_invalid_once() -> None:

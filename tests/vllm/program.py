@@ -64,8 +64,10 @@ def _verbs(vllm: Any, arguments: dict[str, Any], sampling: Any) -> Any:
     core = llm.llm_engine.engine_core
     request = importlib.import_module("vllm.lora.request").LoRARequest("adapter", 5, vllm_tiny.make_adapter(folder))
 
+    sampling.max_tokens = 16
+
     def tokens(**options: Any) -> Any:
-        outputs = llm.generate(vllm_tiny.prompts(), sampling, use_tqdm=False, **options)
+        outputs = llm.generate(vllm_tiny.prompts(4), sampling, use_tqdm=False, **options)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     seen: dict[str, Any] = {"before": tokens()}
@@ -149,7 +151,7 @@ async def _killed(vllm: Any, arguments: dict[str, Any], sampling: Any, rank: int
 
 def _meetings() -> list[str]:
     """Where the ranks of this engine met; it has TMPDIR to itself."""
-    return [path.name for path in Path(tempfile.gettempdir()).glob("asyncexec-vllm-*")]
+    return [path.name for path in Path(tempfile.gettempdir()).glob("vllm-asyncexec-*")]
 
 
 def _left(started: list[Any], meetings: list[str]) -> list[str]:

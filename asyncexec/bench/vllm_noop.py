@@ -15,6 +15,7 @@ class NoopWorker:
 
     def __init__(self, vllm_config: Any, **place: Any) -> None:
         self.vllm_config = vllm_config
+        self.place = place
         self.rank = place["rank"]
         self._one_call = False
         self._breaks = False
@@ -114,7 +115,7 @@ def scheduler_output(requests: int) -> Any:
 
 
 def vllm_config(ranks: int, stages: int = 1, additional: dict[str, Any] | None = None) -> Any:
-    """A configuration as the engine core would hand it to its executor, with this worker in place of vLLM's."""
+    """A configuration as the engine core would hand it to its executor."""
     arguments: Any = importlib.import_module("vllm.engine.arg_utils")
     with tempfile.TemporaryDirectory() as folder:
         config = arguments.EngineArgs(
@@ -126,15 +127,24 @@ def vllm_config(ranks: int, stages: int = 1, additional: dict[str, Any] | None =
                 additional_config=additional or {},
             )
         ).create_engine_config()
-    config.parallel_config.worker_cls = f"{__name__}.NoopWorker"
     return config
 
 
-def make_executor(kind: str, ranks: int, stages: int = 1, additional: dict[str, Any] | None = None) -> Any:
-    """`kind` is "mp", "asyncexec", or the dotted name of an executor class."""
+def make_executor(
+    kind: str,
+    ranks: int,
+    stages: int = 1,
+    additional: dict[str, Any] | None = None,
+    worker: str = f"{__name__}.NoopWorker",
+    worker_extension: str = "",
+) -> Any:
+    """`kind` is "mp", "asyncexec", or the dotted name of an executor class; `worker` and its extension likewise."""
     names = {
         "mp": "vllm.v1.executor.multiproc_executor.MultiprocExecutor",
         "asyncexec": "asyncexec.integrations.vllm.AsyncExecExecutor",
     }
     module, _, name = names.get(kind, kind).rpartition(".")
-    return getattr(importlib.import_module(module), name)(vllm_config(ranks, stages, additional))
+    config = vllm_config(ranks, stages, additional)
+    config.parallel_config.worker_cls = worker
+    config.parallel_config.worker_extension_cls = worker_extension
+    return getattr(importlib.import_module(module), name)(config)

@@ -1,5 +1,6 @@
 """A tiny Llama without weights, and how vLLM is started on it without a model hub."""
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -52,6 +53,25 @@ def make_model(folder: Path, heads: int = 2) -> str:
     config = CONFIG | {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": 32 * heads}
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+def make_adapter(folder: Path, rank: int = 4) -> str:
+    """A LoRA adapter's directory for `make_model`'s model, with weights that change its tokens."""
+    torch: Any = importlib.import_module("torch")
+    width = CONFIG["hidden_size"]
+    draw = torch.Generator().manual_seed(0)
+    weights = {
+        f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_{half}.weight": torch.randn(shape, generator=draw)
+        for layer in range(2)
+        for name in ("q_proj", "v_proj")
+        for half, shape in (("A", (rank, width)), ("B", (width, rank)))
+    }
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    importlib.import_module("safetensors.torch").save_file(weights, adapter / "adapter_model.safetensors")
+    return str(adapter)
 
 
 def engine_arguments(model: str, **changes: Any) -> dict[str, Any]:

@@ -5,11 +5,8 @@ import functools
 import importlib
 import inspect
 import os
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from vllm import envs
@@ -21,6 +18,7 @@ from asyncexec.aggregate import Aggregator
 from asyncexec.blocking import BlockingExecutor
 from asyncexec.errors import AsyncExecError, ConfigError
 from asyncexec.integrations.vllm.connectors import ec_aggregator, kv_aggregator, step_aggregator
+from asyncexec.integrations.vllm.meeting import MeetingPlace
 from asyncexec.integrations.vllm.settings import Settings
 from asyncexec.integrations.vllm.worker import HostLock, OnWrapper
 
@@ -60,12 +58,11 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         self._aggregator: Aggregator | None = None
         self._sampling_follows = self._begun = False
         settings = Settings.of(self.vllm_config)
-        self._meeting = Path(tempfile.mkdtemp(prefix="asyncexec-vllm-"))
-        (self._meeting / "lock").touch()
+        self._meeting = MeetingPlace()
         worker_kwargs = {
             "vllm_config": self.vllm_config,
             "distributed_init_method": self._init_method(settings.transport),
-            "shared_worker_lock": HostLock(str(self._meeting / "lock")),
+            "shared_worker_lock": HostLock(str(self._meeting.lock)),
         }
         config = settings.executor_config(self._world_size, _environments(self.vllm_config))
         self._ranks = BlockingExecutor(config, _WORKER, worker_kwargs)
@@ -75,6 +72,7 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         except BaseException:
             self._finalizer()
             raise
+        self._meeting.all_have_met()
         self._ranks.add_failure_callback(functools.partial(_note_failure, weakref.ref(self), self._meeting))
         if callable(settle := getattr(importlib.import_module("vllm.utils.torch_utils"), _SETTLE_THREADS, None)):
             settle()  # this process only schedules
@@ -90,7 +88,7 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         needs_tcp = getattr(network, "aiter_requires_tcp_store", None)
         if callable(needs_tcp) and needs_tcp():
             return str(get_distributed_init_method(get_loopback_ip(), get_open_port()))
-        return f"file://{self._meeting / self._meeting.name}"
+        return f"file://{self._meeting.store}"
 
     # ------------------------------------------------------------------------------------------------ calls
 
@@ -217,22 +215,15 @@ def _done_with_none() -> concurrent.futures.Future[None]:
     return future
 
 
-def _note_failure(executor: "weakref.ref[AsyncExecExecutor]", meeting: Path, cause: AsyncExecError) -> None:
-    _remove(meeting)  # now: a failing engine core may be killed before it shuts its executor down
+def _note_failure(executor: "weakref.ref[AsyncExecExecutor]", meeting: MeetingPlace, cause: AsyncExecError) -> None:
+    meeting.remove()  # now: a failing engine core may be killed before it shuts its executor down
     logger.error("the executor has failed: %s", cause)
     if (there := executor()) is not None:
         there.is_failed = True
 
 
-def _close(ranks: BlockingExecutor, meeting: Path) -> None:
-    """End the ranks, and remove what those that were killed could not: their shared memory, where they met."""
+def _close(ranks: BlockingExecutor, meeting: MeetingPlace) -> None:
     try:
         ranks.close()
     finally:
-        _remove(meeting)
-
-
-def _remove(meeting: Path) -> None:
-    for left in Path("/dev/shm").glob(f"{meeting.name}-*"):
-        left.unlink(missing_ok=True)
-    shutil.rmtree(meeting, ignore_errors=True)
+        meeting.remove()

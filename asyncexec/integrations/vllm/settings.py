@@ -14,8 +14,9 @@ _DAY = 86400.0
 _STEPS = 1024
 """Steps under way at once: the engine core decides how many there are, and never has more than a few."""
 
-_CLOSING = {"drain": 0.5, "stop": 3.0, "terminate": 0.5}
-"""Together less than the 5 seconds after which vLLM kills an engine core that is shutting down."""
+_CLOSING = {"drain": 0.5, "terminate": 0.5}
+_BESIDE_STOP = 2.0
+"""Seconds of vLLM's limit that are left for the rest of closing, and for the engine core's own."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,7 +25,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         transport: "nccl" (processes of this host) or "ray".
         timeouts: see `asyncexec.config.Timeouts`.  Other defaults here: `start` is a day, for vLLM has limits of its
-            own, `step` is VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS, `rpc` is None, and closing takes at most 4 seconds.
+            own, `step` is VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS, `rpc` is None, and closing takes less than
+            VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS (5), after which vLLM kills an engine core that is shutting down.
         on_timeout: as in `asyncexec.ExecutorConfig`.
         max_frame_bytes: as in `asyncexec.ExecutorConfig`.
         options: one table of options per transport.
@@ -48,7 +50,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         table = additional.get("asyncexec", {}) if isinstance(additional, Mapping) else {}
         if not isinstance(table, Mapping):
             raise ConfigError(f"{where}a table of keys is needed, not {type(table).__name__}")
-        limits = {"start": _DAY, "step": float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS), "rpc": None} | _CLOSING
+        closing = float(getattr(envs, "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", 5))  # vLLM 0.22 has it fixed
+        limits = _CLOSING | {
+            "start": _DAY,
+            "step": float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS),
+            "rpc": None,
+            "stop": max(0.5, closing - _BESIDE_STOP),
+        }
         given = table.get("timeouts", {})
         return convert(
             {**table, "timeouts": limits | dict(given)} if isinstance(given, Mapping) else table, cls, where=where

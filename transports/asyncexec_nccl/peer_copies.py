@@ -57,6 +57,9 @@ class PeerSender(SendingWay):
         self._sent = self._theirs.address + lent.capacity
         try:
             self._taken = LentMemory(ALIGNMENT)
+            # what cannot be done is to show now; the numbers are 0 anyway
+            cuda_driver.write(self._sent, 0, self._handle)
+            cuda_driver.wait_for(self._taken.address, 0, self._handle)
         except CudaError:
             self._theirs.close()
             raise
@@ -119,6 +122,9 @@ class PeerReceiver(ReceivingWay):
     def accept(self, answer: bytes) -> None:
         """Open the sender's number.  Raises CudaError where it cannot be reached."""
         self._taken = BorrowedMemory(answer)
+        stream = self._torch.cuda.current_stream(self._device).cuda_stream
+        cuda_driver.write(self._taken.address, 0, stream)  # as in the sender
+        cuda_driver.wait_for(self._sent, 0, stream)
 
     def receive(self, layouts: Sequence[tuple[Any, tuple[int, ...]]]) -> list[Any]:
         """As promised; raises CudaError, torch.OutOfMemoryError."""

@@ -53,16 +53,16 @@ class PeerSender(SendingWay):
         self._handle: int = self._stream.cuda_stream
         self._computed = self._cuda.Event()
         self._ring = Ring(lent.capacity)
-        self._theirs = BorrowedMemory(lent.handle)
-        self._sent = self._theirs.address + lent.capacity
-        try:
+        with contextlib.ExitStack() as undone:
             self._taken = LentMemory(ALIGNMENT)
+            undone.callback(self._taken.close)
+            self._theirs = BorrowedMemory(lent.handle)
+            undone.callback(self._theirs.close)
+            self._sent = self._theirs.address + lent.capacity
             # what cannot be done is to show now; the numbers are 0 anyway
             cuda_driver.write(self._sent, 0, self._handle)
             cuda_driver.wait_for(self._taken.address, 0, self._handle)
-        except CudaError:
-            self._theirs.close()
-            raise
+            undone.pop_all()
 
     @property
     def answer(self) -> bytes:
@@ -182,6 +182,7 @@ def meet(
         with _unless_out_of_reach():
             receiver.accept(answer)
             return receiver, sender
+    receiver.let_go()
     receiver.close()
     return None, sender
 

@@ -424,12 +424,11 @@ class Driver(Executor):
     ) -> Frame:
         self._check_running()
         try:
-            payload = self._codec.encode_call(target, args, kwargs)
+            return self._codec.encode_call(target, args, kwargs)
         except ConfigError:
             raise
         except Exception as error:
             raise PayloadError(f"the arguments cannot be sent: {type(error).__name__}: {error}", method=name) from error
-        return Frame(FrameKind.CALL, method=payload.method, body=payload.body, buffers=payload.buffers)
 
     def _submit(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from asyncexec.aggregate import Aggregator
-from asyncexec.codec import Codec, Payload
+from asyncexec.codec import Codec
 from asyncexec.errors import AggregationError, CallError, PayloadError
 from asyncexec.future import StepFuture, StepTiming
 from asyncexec.observing import CallRecord, RankReply
@@ -78,7 +78,7 @@ class Submission(msgspec.Struct, eq=False):
         if self.record is not None:
             self.record.replies.append(RankReply(rank, frame.started_ns, frame.ended_ns, reply.received))
         try:
-            output = codec.decode_result(Payload(frame.method, frame.body, frame.buffers))
+            output = codec.decode_result(frame)
         except Exception as cause:  # noqa: BLE001 - decoding runs code of the worker's author, which may raise anything
             self.error = self.error or _error(PayloadError, "the result cannot be decoded", call, cause)
             return

@@ -24,6 +24,8 @@ from asyncexec.wire import ALL_RANKS, NO_RANK, Frame, FrameKind
 
 logger = logging.getLogger("asyncexec")
 
+_REPLY = FrameKind.REPLY
+
 _CENSUS = 32
 """Every so many steps, the ranks whose output is not wanted say that they are done: none of them lags further behind,
 and one that hangs is noticed by that step's deadline.  The wire carries their acknowledgements in no other step."""
@@ -143,12 +145,13 @@ class Calls:
         if self.observers is not None:
             self._tell(self.observers, submission, call)
         self._carry_out(decisions)
-        self._arm_timer()
+        if timeout is not None:
+            self._arm_timer()
         return future
 
     def frame_received(self, rank: int, frame: Frame) -> None:
         """A rank's answer."""
-        if frame.kind is FrameKind.REPLY:
+        if frame.kind is _REPLY:
             reply = Reply(frame, time.monotonic_ns(), self._rank_free[rank])
             self._rank_free[rank] = frame.ended_ns
             decisions = self._window.replied(rank, frame.call_id, frame.epoch, reply)
@@ -266,21 +269,23 @@ class Calls:
                 self._carry_out_one(self._decisions.popleft())
         finally:
             self._carrying_out = False
-        self.look_again()
+        if self._changed is not None:
+            self.look_again()
 
     def _carry_out_one(self, decision: Decision) -> None:
         submission: Submission = decision.call.content
-        if isinstance(decision, Send):
+        # not isinstance, which asks the metaclass of msgspec's structs wherever the answer is no
+        if type(decision) is Send:
             submission.begin(decision.call)
             self._transport.send(submission.frame, decision.call.ranks)
             submission.send_ended = time.monotonic_ns()
             if submission.record is not None:
                 submission.record.send_ended = submission.send_ended
-        elif isinstance(decision, Take):
+        elif type(decision) is Take:
             submission.take(decision.call, decision.rank, decision.output, self._codec)
-        elif isinstance(decision, Complete):
+        elif type(decision) is Complete:
             submission.complete(decision.call)
-        else:
+        elif type(decision) is Fail:
             self._failed.append((decision.call.epoch, decision.call.call_id))
             if isinstance(decision.error, StepTimeout):
                 self._on_deadline(submission.future, decision.error)

@@ -30,6 +30,9 @@ from asyncexec.tensors import array_from, array_parts, is_array_type, is_tensor_
 from asyncexec.wire import VERSION, Buffer, Buffers, Frame, FrameKind
 
 
+_CALL = FrameKind.CALL
+
+
 class Codec:
     """The wire formats of one worker class.
 
@@ -72,7 +75,7 @@ class Codec:
             raise ConfigError(f"{self._name} has no method {target!r}; it has: {', '.join(self._numbers)}")
         else:
             body, buffers = _PICKLED.encode((target, *args), kwargs)
-        return Frame(FrameKind.CALL, method=number, body=body, buffers=buffers)
+        return Frame(_CALL, method=number, body=body, buffers=buffers)
 
     def decode_call(self, frame: Frame) -> tuple[str | Callable[..., Any], Sequence[Any], Mapping[str, Any]]:
         """What `encode_call` encoded: a method's name, or a callable that takes the worker first; its arguments.

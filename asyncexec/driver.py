@@ -88,6 +88,9 @@ class _State(enum.Enum):
     CLOSED = "is closed"
 
 
+_RUNNING = _State.RUNNING
+
+
 class Driver(Executor):
     """See `create_executor`; the transport calls `frame_received` and `rank_lost`."""
 
@@ -259,7 +262,7 @@ class Driver(Executor):
     def _adopt(self, config: ExecutorConfig) -> None:
         """Work with this configuration from now on."""
         self._config = config
-        self._ranks = tuple(range(config.world_size))
+        self._ranks, self._output_rank = tuple(range(config.world_size)), config.output_rank
 
     def _tell_aggregators(self, lost: int) -> None:
         for aggregator in {id(aggregator): aggregator for aggregator in self._aggregators.values()}.values():
@@ -382,7 +385,7 @@ class Driver(Executor):
     ) -> StepFuture[Any]:
         """Give a call to the window.  Raises PayloadError where it is too large, ExecutorBusy where it must wait."""
         self._check_size(frame, method, ranks)
-        output_rank = self._config.output_rank if self._config.output_rank in ranks else ranks[0]
+        output_rank = self._output_rank if self._output_rank in ranks else ranks[0]
         return self._calls.submit(
             frame, method, ranks, output_rank, aggregator, timeout, slot=slot, ordered=ordered, submitted=submitted
         )
@@ -519,13 +522,14 @@ class Driver(Executor):
             future.set_exception(error)
 
     def _check_running(self) -> None:
+        if self._failure is None and self._state is _RUNNING:
+            self._check_thread()
+            return
         if self._failure is not None:
             raise ExecutorFailed(self._failure)
         if self._state is _State.REINITIALIZING:
             raise ExecutorBusy(f"the executor {self._state.value}: await executor.slot() before submitting more")
-        if self._state is not _State.RUNNING:
-            raise ExecutorClosed(f"the executor {self._state.value}")
-        self._check_thread()
+        raise ExecutorClosed(f"the executor {self._state.value}")
 
     def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:

@@ -21,6 +21,8 @@ from asyncexec.transport import RankLink
 from asyncexec.wire import ALL_RANKS, Frame, FrameKind
 from asyncexec.worker import RankContext
 
+_START, _STOP, _REPLY = FrameKind.START, FrameKind.STOP, FrameKind.REPLY
+
 _BEFORE_START = 1 << 16
 """Bytes of an error that is to say why START cannot be read, and so not how large a frame may be."""
 
@@ -136,7 +138,7 @@ class RankRuntime:
         """Take what `receive` returns until that is STOP or None, then let the worker and the link end."""
         self.begin()
         try:
-            while (frame := receive()) is not None and frame.kind is not FrameKind.STOP:
+            while (frame := receive()) is not None and frame.kind is not _STOP:
                 self.handle(frame)
                 del frame  # its memory can be used for the next one
         finally:
@@ -149,7 +151,7 @@ class RankRuntime:
 
     def handle(self, frame: Frame) -> None:
         """Run a START or a CALL on the calling thread; returns when the worker's method has."""
-        if frame.kind is FrameKind.START:
+        if frame.kind is _START:
             self._start(frame)
         else:
             self._call(frame)
@@ -286,7 +288,7 @@ class RankRuntime:
         return _answer(FrameKind.DONE, frame, started) if frame.acknowledge else None
 
     def _result(self, frame: Frame, value: Any, started: int) -> Frame:
-        reply = _answer(FrameKind.REPLY, frame, started)
+        reply = _answer(_REPLY, frame, started)
         try:
             self._codec.encode_result(reply, value)
             if refusal := reply.refusal(self._max_frame_bytes):

@@ -106,9 +106,20 @@ class Submission(msgspec.Struct, eq=False):
             self.future.set_exception(self.error)
         elif (last := self.last) is not None:
             # numbers alone: a reference to this submission would tie it and its future into a cycle
-            marks = (self.submitted, self.encoded, self.send_began, self.send_ended)
-            remote = (last.rank_free, last.frame.started_ns, last.frame.ended_ns, last.received)
-            self.future.set_result(result, functools.partial(_timing, *marks, *remote, decoded, time.monotonic_ns()))
+            measure = functools.partial(
+                _timing,
+                self.submitted,
+                self.encoded,
+                self.send_began,
+                self.send_ended,
+                last.rank_free,
+                last.frame.started_ns,
+                last.frame.ended_ns,
+                last.received,
+                decoded,
+                time.monotonic_ns(),
+            )
+            self.future.set_result(result, measure)
 
 
 def _timing(

@@ -31,6 +31,8 @@ from asyncexec_nccl.stream import RankStream
 
 _PR_SET_PDEATHSIG = 1
 
+_PIECE = FrameKind.PIECE
+
 
 def main(launch_json: str) -> None:
     """Serve one rank until the driver says STOP or is gone."""
@@ -70,7 +72,7 @@ class _SocketLink(RankLink):
         return RankStream(socket.socket(fileno=descriptor), self._launch.max_frame_bytes)
 
     def receive(self) -> Frame | None:
-        while (frame := self._stream.receive()) is not None and frame.kind is FrameKind.PIECE:
+        while (frame := self._stream.receive()) is not None and frame.kind is _PIECE:
             self._arguments.take(frame)
         return None if frame is None else self._arguments.complete(frame)
 

@@ -29,7 +29,6 @@ from asyncexec.pickling import around_bytes, dumps, loads
 from asyncexec.tensors import array_from, array_parts, is_array_type, is_tensor_type, tensor_from, tensor_parts
 from asyncexec.wire import VERSION, Buffer, Buffers, Frame, FrameKind
 
-
 _CALL = FrameKind.CALL
 
 
@@ -92,15 +91,13 @@ class Codec:
 
     def encode_result(self, reply: Frame, value: Any) -> None:
         """Put what the reply's method returned into the reply; TypeError where it cannot be encoded."""
-        reply.body, reply.buffers = self._result(reply.method).encode((value,), {})
+        plan = self._plans.get(reply.method, _CALLABLE)
+        reply.body, reply.buffers = plan.result.encode((value,), {})
 
     def decode_result(self, reply: Frame) -> Any:
         """The value that `encode_result` encoded."""
-        return self._result(reply.method).decode(reply.body, reply.buffers)[0][0]
-
-    def _result(self, method: int) -> "_Format":
-        plan = self._plans.get(method)
-        return _PICKLED if plan is None else plan.result
+        plan = self._plans.get(reply.method, _CALLABLE)
+        return plan.result.decode(reply.body, reply.buffers)[0][0]
 
 
 def _is_public_method(worker_class: type, name: str) -> bool:
@@ -342,3 +339,6 @@ def _is_plain_info(info: Any, seen: set[type]) -> bool:
 
 
 _PICKLED = _Pickled()
+
+_CALLABLE = _MethodPlan("a callable", _PICKLED, _PICKLED, "")
+"""Of calls that carry their target themselves."""

@@ -384,15 +384,10 @@ class Driver(Executor):
         submitted: int = 0,
     ) -> StepFuture[Any]:
         """Give a call to the window.  Raises PayloadError where it is too large, ExecutorBusy where it must wait."""
-        self._check_size(frame, method, ranks)
         output_rank = self._output_rank if self._output_rank in ranks else ranks[0]
         return self._calls.submit(
             frame, method, ranks, output_rank, aggregator, timeout, slot=slot, ordered=ordered, submitted=submitted
         )
-
-    def _check_size(self, frame: Frame, method: str, ranks: Sequence[int]) -> None:
-        if refusal := self._transport.refusal(frame, ranks):
-            raise PayloadError(f"the arguments {refusal}", method=method)
 
     # ---------------------------------------------------------------------------------------------- observing
 

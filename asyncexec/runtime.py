@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -218,8 +218,12 @@ class RankRuntime:
         method = self._codec.method_name(frame.method) or "a callable"
         span = RankSpan(frame.call_id, frame.epoch, method, started) if frame.trace else None
         self._activity.begin(method, frame.call_id, started)
+        call: Any = None  # until the reply is sent: what large arguments are made of takes time to free
         try:
-            output = self._run(frame, stage, span)
+            call = self._codec.decode_call(frame)
+            if span is not None:
+                span.began = time.monotonic_ns()
+            output = self._run(stage, frame.call_id, *call)
         except _EarlierStageFailed:
             owed = self._wanted(frame) or frame.acknowledge
             reply = _answer(FrameKind.SKIPPED, frame, started) if owed else None
@@ -242,13 +246,17 @@ class RankRuntime:
         if stage is not None:
             stage.release_next(frame.call_id)
 
-    def _run(self, frame: Frame, stage: "_Stage | None", span: RankSpan | None) -> Any:
-        """Decode the call, and run it; returns its output."""
-        target, args, kwargs = self._codec.decode_call(frame)
-        if span is not None:
-            span.began = time.monotonic_ns()
+    def _run(
+        self,
+        stage: "_Stage | None",
+        call_id: int,
+        target: str | Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run a call; returns its output."""
         if stage is not None:
-            return stage.run(frame.call_id, self._worker.execute_model, *args, **kwargs)
+            return stage.run(call_id, self._worker.execute_model, *args, **kwargs)
         if isinstance(target, Bucket):
             return target(self._worker, self._link.read_staged)
         if callable(target):

@@ -195,7 +195,8 @@ class Window:
 
     def replied(self, rank: int, call_id: int, epoch: int, output: Any) -> list[Decision]:
         """`rank` sent its output."""
-        decisions, call = self._received(rank, call_id, epoch)
+        decisions: list[Decision] = []
+        call = self._received(rank, call_id, epoch, decisions)
         if call is None or rank not in call.owing or rank not in call.wanted:
             self.counters.late += call is not None
             return decisions
@@ -206,7 +207,8 @@ class Window:
 
     def acknowledged(self, rank: int, call_id: int, epoch: int) -> list[Decision]:
         """`rank` is done with the call; its output was not wanted."""
-        decisions, call = self._received(rank, call_id, epoch)
+        decisions: list[Decision] = []
+        call = self._received(rank, call_id, epoch, decisions)
         if call is None or rank not in call.owing or rank in call.wanted:
             self.counters.late += call is not None
             return decisions
@@ -215,7 +217,8 @@ class Window:
 
     def skipped(self, rank: int, call_id: int, epoch: int) -> list[Decision]:
         """`rank` could not run the call, because a rank of an earlier pipeline stage failed and says why itself."""
-        decisions, call = self._received(rank, call_id, epoch)
+        decisions: list[Decision] = []
+        call = self._received(rank, call_id, epoch, decisions)
         if call is None or rank not in call.owing:
             self.counters.late += call is not None
             return decisions
@@ -225,7 +228,8 @@ class Window:
 
     def errored(self, rank: int, call_id: int, epoch: int, error: CallError) -> list[Decision]:
         """`rank` raised `error`, whether or not it owed an output."""
-        decisions, call = self._received(rank, call_id, epoch)
+        decisions: list[Decision] = []
+        call = self._received(rank, call_id, epoch, decisions)
         if call is None:
             return decisions
         call.owing.discard(rank)
@@ -299,22 +303,21 @@ class Window:
                 self._settle(call, decisions)
         return decisions
 
-    def _received(self, rank: int, call_id: int, epoch: int) -> tuple[list[Decision], Call | None]:
+    def _received(self, rank: int, call_id: int, epoch: int, decisions: list[Decision]) -> Call | None:
         """Fail what this reply proves lost; returns the call that it is for, None where it comes too late."""
         if epoch != self.epoch:
             self.counters.wrong_epoch += 1
-            return [], None
+            return None
         call = self._open.get(call_id)
         if call is None or not call.was_sent or call.settled or rank not in call.ranks:
             self.counters.late += 1
-            return [], None
-        decisions: list[Decision] = []
+            return None
         owed = self._owed[rank]
         while owed and owed[0] < call_id:
             decisions += self._lost(self._open[owed.popleft()], rank)
         if owed and owed[0] == call_id:
             owed.popleft()
-        return decisions, call
+        return call
 
     def _lost(self, call: Call, rank: int) -> list[Decision]:
         self.counters.lost += 1
@@ -347,15 +350,13 @@ class Window:
         if call.was_sent:
             self._running -= call.slot
         call.settled = True
-        if not call.ordered:
-            self._finish(call, decisions)
+        ended = [] if call.ordered else [call]
         while self._ordered and self._ordered[0].settled:
-            self._finish(self._ordered.popleft(), decisions)
-
-    def _finish(self, call: Call, decisions: list[Decision]) -> None:
-        del self._open[call.call_id]
-        if call.was_sent:
-            decisions.append(Complete(call))
+            ended.append(self._ordered.popleft())
+        for done in ended:
+            del self._open[done.call_id]
+            if done.was_sent:
+                decisions.append(Complete(done))
 
 
 def _timeout_error(call: Call) -> StepTimeout:

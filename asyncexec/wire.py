@@ -219,7 +219,8 @@ class FrameParser:
             announced = body + 8 * count
             if magic != MAGIC or version != VERSION or kind not in _KINDS or count > MAX_BUFFERS:
                 raise WireError(_refusal(magic, version, kind, count))
-            self._refuse_oversize(announced)
+            if announced > self._max_frame_bytes:
+                raise WireError(self._oversize(announced))
             frame = Frame(_KINDS[kind], call_id, epoch, method, reply_to, started, ended)
             if flags:
                 frame.acknowledge, frame.trace = bool(flags & 1), bool(flags & 2)
@@ -238,7 +239,8 @@ class FrameParser:
         if not self._lengths:
             body = len(section) - 8 * self._buffer_count
             self._lengths = struct.unpack(f"<{self._buffer_count}Q", section[body:])
-            self._refuse_oversize(body + sum(self._lengths))
+            if (announced := body + sum(self._lengths)) > self._max_frame_bytes:
+                raise WireError(self._oversize(announced))
             frame.body = section[:body]
         else:
             self._buffers.append(section if isinstance(section, memoryview) else bytearray(section))
@@ -250,9 +252,8 @@ class FrameParser:
         frame.buffers, self._buffers, self._lengths = tuple(self._buffers), [], ()
         return True
 
-    def _refuse_oversize(self, size: int) -> None:
-        if size > self._max_frame_bytes:
-            raise WireError(f"the frame announces {size} bytes; max_frame_bytes is {self._max_frame_bytes}")
+    def _oversize(self, size: int) -> str:
+        return f"the frame announces {size} bytes; max_frame_bytes is {self._max_frame_bytes}"
 
 
 def _refusal(magic: int, version: int, kind: int, buffers: int) -> str:

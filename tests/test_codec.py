@@ -283,7 +283,8 @@ def test_nothing_keeps_what_was_encoded_or_decoded() -> None:
     del payload, array
     assert given() is None
     kept = weakref.ref(memory)
-    sent = Frame(FrameKind.CALL, method=codec.method_number("both_ways"), body=payload_body(codec), buffers=(memory.data,))
+    number = codec.method_number("both_ways")
+    sent = Frame(FrameKind.CALL, method=number, body=payload_body(codec), buffers=(memory.data,))
     _, args, _ = codec.decode_call(sent)
     assert args[0].sum() == 0
     del sent, args, memory

@@ -78,7 +78,7 @@ class _SocketLink(RankLink):
 
     def send(self, frame: Frame) -> None:
         try:
-            self._stream.send(frame)
+            self._stream.send(frame.pack())
         except ConnectionError:
             return  # the driver is gone: `receive` says so next
 
@@ -143,12 +143,12 @@ class _SocketLink(RankLink):
     def _answer(self, describe: Callable[[], bytes]) -> None:
         while self._side.receive() is not None:
             try:
-                self._side.send(Frame(FrameKind.REPORT, body=describe()))
+                self._side.send(Frame(FrameKind.REPORT, body=describe()).pack())
             except ConnectionError:
                 return  # the driver is gone
             except Exception:  # noqa: BLE001 - one report less, but the next question must find somebody
                 traceback.print_exc()
-                self._side.send(Frame(FrameKind.REPORT))
+                self._side.send(Frame(FrameKind.REPORT).pack())
 
     def send_intermediate(
         self, call_id: int, tensors: Mapping[str, Any] | None, replicated: frozenset[str] = frozenset()

@@ -135,11 +135,7 @@ class RankStream:
                 return None
         return self._received.popleft()
 
-    def send(self, frame: Frame) -> None:
-        """Block until the frame is written.  Raises ConnectionError when the peer is gone."""
-        self.send_pieces(frame.pack())
-
-    def send_pieces(self, pieces: Sequence[Buffer]) -> None:
+    def send(self, pieces: Sequence[Buffer]) -> None:
         """Block until the pieces of a frame are written.  Raises ConnectionError when the peer is gone."""
         with self._writing:
             rest = _write(self._socket, pieces)
@@ -169,9 +165,7 @@ def _receive(connection: socket.socket, parser: FrameParser) -> int:
     return len(data)
 
 
-def _write(
-    connection: socket.socket, pieces: Sequence[Buffer], flags: int = 0
-) -> collections.deque[memoryview] | None:
+def _write(connection: socket.socket, pieces: Sequence[Buffer], flags: int = 0) -> collections.deque[memoryview] | None:
     """Write what the socket takes in one call; returns the rest, if there is one."""
     if len(pieces) == 1:  # most frames
         try:

@@ -291,5 +291,13 @@ def test_nothing_keeps_what_was_encoded_or_decoded() -> None:
     assert kept() is None
 
 
+def test_nothing_keeps_what_was_pickled(codec: Codec) -> None:
+    array = np.zeros(1000)
+    given, frame = weakref.ref(array), codec.encode_call("anything", ({"a": array},), {})
+    assert len(frame.buffers) == 1
+    del frame, array
+    assert given() is None, "it waits for the garbage collector"
+
+
 def payload_body(codec: Codec) -> Any:
     return codec.encode_call("both_ways", (np.zeros(1000),), {}).body

@@ -144,7 +144,6 @@ class _Driver(Driver):
         name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
         limit = self._config.timeouts.for_method(name, step=is_step) if timeout is None else timeout
         frame = self._encode(name, method, args, kwargs)
-        self._check_size(frame, name, self._ranks)
         return self._calls.submit(
             frame,
             name,

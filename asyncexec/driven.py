@@ -13,6 +13,7 @@ be read.  Where there is more to do, such as timers, tasks and writers, asyncio 
 
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
 import functools
 import heapq
@@ -32,7 +33,7 @@ _SHORT = 0.001
 """Seconds to wait for the loop while the watcher has it, which never keeps it for long."""
 
 _furnishing = threading.Lock()
-"""Held while a future gets the attributes of its base class, and while it becomes done."""
+"""Held while a future gets the attributes of its base class."""
 
 
 class DrivenFuture(concurrent.futures.Future[T]):
@@ -52,13 +53,12 @@ class DrivenFuture(concurrent.futures.Future[T]):
 
     def __getattr__(self, name: str) -> Any:
         with _furnishing:
-            if self._is_furnished:
-                raise AttributeError(name)
-            super().__init__()
-            self._is_furnished = True
-            if self._is_done:
-                self._complete_base()
-        return getattr(self, name)
+            if not self._is_furnished:
+                super().__init__()
+                self._is_furnished = True
+        if self._is_done:
+            self._complete_base()
+        return super().__getattribute__(name)
 
     def cancel(self) -> bool:
         """It cannot be."""
@@ -114,18 +114,18 @@ class DrivenFuture(concurrent.futures.Future[T]):
         self._complete()
 
     def _complete(self) -> None:
-        with _furnishing:
-            self._is_done = True
-            is_furnished = self._is_furnished
-        if is_furnished:
+        self._is_done = True
+        if self._is_furnished:
             self._complete_base()
         self._driven_by.completed(self)
 
     def _complete_base(self) -> None:
-        if self._error is None:
-            super().set_result(self._value)
-        else:
-            super().set_exception(self._error)
+        """Whoever comes second of those who make it done and who furnish it, for that one sees what the other did."""
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # both did
+            if self._error is None:
+                super().set_result(self._value)
+            else:
+                super().set_exception(self._error)
 
 
 class DrivenLoop(asyncio.SelectorEventLoop):

@@ -4,15 +4,17 @@ import asyncio
 import concurrent.futures
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from asyncexec import ExecutorConfig
 from asyncexec.blocking import BlockingExecutor
+from asyncexec.driven import DrivenFuture, DrivenLoop
 from asyncexec.errors import ExecutorClosed, StepTimeout, WorkerDied, WorkerError
 
 CONFIG: dict[str, Any] = {
@@ -100,6 +102,37 @@ def test_futures_are_those_of_the_standard_library(executor: BlockingExecutor) -
     assert called == [future, future]
     assert (future.done(), future.running(), future.exception()) == (True, False, None)
     assert "finished" in repr(future)
+
+
+def test_a_future_may_become_done_while_others_begin_to_look() -> None:
+    """It gets what its base class has at the first look, on whichever thread."""
+
+    def meet_and(look: Callable[[Any], Any], of: Any) -> None:
+        together.wait(10)
+        look(of)
+
+    together = threading.Barrier(4)
+    loop = DrivenLoop()
+    loop.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            for number in range(1000):
+                future: DrivenFuture[int] = DrivenFuture(loop)
+                called: list[Any] = []
+                looks = future.add_done_callback, concurrent.futures.wait, repr
+                arguments: list[Any] = [called.append, [future], future]
+                looking = [pool.submit(meet_and, look, of) for look, of in zip(looks, arguments, strict=True)]
+                together.wait(10)
+                future.set_result(number)
+                for look in looking:
+                    look.result(10)
+                assert called == [future]
+                assert future.result() == number
+    finally:
+        sys.setswitchinterval(interval)
+        loop.end()
 
 
 def test_done_becomes_true_though_nobody_waits(executor: BlockingExecutor) -> None:

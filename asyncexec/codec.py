@@ -203,8 +203,7 @@ class _Pickled(_Format):
     kind = "pickled"
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Buffer, Sequence[Buffer]]:
-        values = [around_bytes(value) for value in args], {key: around_bytes(value) for key, value in kwargs.items()}
-        return dumps(values)
+        return dumps(([*map(around_bytes, args)], {key: around_bytes(kwargs[key]) for key in kwargs} if kwargs else {}))
 
     def decode(self, body: Buffer, buffers: Sequence[Buffer]) -> tuple[Sequence[Any], Mapping[str, Any]]:
         args, kwargs = loads(body, buffers)

@@ -1,10 +1,14 @@
 """What travels how: decided by the type hints, equal on both ends, and nothing is lost."""
 
 import copy
+import gc
 import pickle
+import sys
+import types
 import weakref
 from typing import Any
 
+import cloudpickle
 import msgspec
 import numpy as np
 import pytest
@@ -22,7 +26,7 @@ from asyncexec import (
     WorkerError,
 )
 from asyncexec.codec import Codec
-from asyncexec.pickling import dumps, loads
+from asyncexec.pickling import around_bytes, dumps, loads
 from asyncexec.wire import Frame, FrameKind
 
 
@@ -209,6 +213,50 @@ class Outer(msgspec.Struct, tag=True):
         == b'{"type":"Outer","inner":{"someValue":4,"more":[]}}'
     )
     assert msgspec.json.decode(msgspec.json.encode(outer), type=kind) == received
+
+
+def test_what_has_a_name_nowhere_else_travels_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside what goes by its name, and with memory beside the message."""
+    main = types.ModuleType("__main__")
+    exec("class Named:\n    answer = 42\ndef function(): return Named.answer", main.__dict__)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "__main__", main)
+        message, buffers = dumps([Opaque(1), main.function, main.Named(), torch.arange(1000), np.arange(1000)])
+        assert len(buffers) == 2
+        assert buffers.tensors == {0}
+    opaque, function, named, tensor, array = loads(message, buffers)
+    assert (opaque, function(), named.answer) == (Opaque(1), 42, 42)
+    assert torch.equal(tensor, torch.from_numpy(array))
+
+
+def test_modules_may_be_asked_to_travel_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("asked_to_travel")
+    exec("def function(): return 42", module.__dict__)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, module.__name__, module)
+        by_name = dumps(module.function)
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            by_value = dumps(module.function)
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)
+    assert loads(*by_value)() == 42
+    with pytest.raises(ModuleNotFoundError):
+        loads(*by_name)
+
+
+def test_pickling_leaves_nothing_to_the_garbage_collector() -> None:
+    """Cycles would have it run in the middle of the steps."""
+    values = [Opaque(1)], {"tensor": torch.ones(1000), "array": np.ones(1000), "bytes": around_bytes(bytes(5000))}
+    dumps(values)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            dumps(values)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_a_worker_that_answers_any_name() -> None:

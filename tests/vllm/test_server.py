@@ -85,4 +85,4 @@ def test_completions_over_http_and_nothing_left_after_sigterm(server: Any, tmp_p
     server.communicate(timeout=30)
     _, left = psutil.wait_procs(started, timeout=5)
     assert not left
-    assert not list(Path("/dev/shm").glob(f"{meetings[0]}-*"))
+    assert not list(Path("/dev/shm").glob(f"*{meetings[0]}-*"))

@@ -17,7 +17,8 @@ class MeetingPlace:
     the kernel unlocks it with the process.
 
     Attributes:
-        store: the file that vLLM's process groups meet in; vLLM's CPU workers name their shared memory after it.
+        store: the file that vLLM's process groups meet in.  vLLM's CPU workers name their shared memory after it; those
+            of older versions after what follows its last colon.
         lock: a file to lock.
     """
 
@@ -28,7 +29,7 @@ class MeetingPlace:
         self._descriptor = os.open(hidden, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         self._path = hidden.rename(hidden.with_name(hidden.name[1:]))
-        self.store = self._path / self._path.name
+        self.store = self._path / f":{self._path.name}"
         self.lock = self._path / "lock"
         self.lock.touch()
 
@@ -58,5 +59,5 @@ def _remove_if_left(path: Path) -> None:
 
 
 def _unlink_memory(name: str) -> None:
-    for memory in Path("/dev/shm").glob(f"{name}-*"):
+    for memory in Path("/dev/shm").glob(f"*{name}-*"):
         memory.unlink(missing_ok=True)

@@ -39,8 +39,7 @@ class MeetingPlace:
 
     def remove(self) -> None:
         """Remove all of it; may be called again."""
-        _unlink_memory(self._path.name)
-        shutil.rmtree(self._path, ignore_errors=True)
+        _remove(self._path)
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
@@ -52,10 +51,16 @@ def _remove_if_left(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _unlink_memory(path.name)
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
         finally:
             os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    _unlink_memory(path.name)
+    with contextlib.suppress(FileNotFoundError):
+        # renamed first: a process group that ends just now writes to its file once more, and would make it anew
+        shutil.rmtree(path.rename(path.with_name(f"{path.name}-removed")), ignore_errors=True)
 
 
 def _unlink_memory(name: str) -> None:

@@ -28,6 +28,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ray-tp2": RAY | {"tensor_parallel_size": 2},
     "ray-pp2": RAY | {"pipeline_parallel_size": 2},
     "ray-documented": {"transport": "ray", "options": {"ray": {"backend": "none", "driver": "documented"}}},
+    "ray-calls": {"transport": "ray", "options": {"ray": {"backend": "none", "driver": "calls"}}},
 }
 
 

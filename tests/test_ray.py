@@ -282,3 +282,17 @@ async def test_a_script_starts_a_cluster_of_its_own_and_its_worker_travels_by_va
     output, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
     assert output.decode().splitlines()[-3:] == ["True 42 True", "True 42 True", "False"], errors.decode()
+
+
+async def test_steps_without_a_graph() -> None:
+    async with create_executor(layout(2, 1, driver="calls", buffer_size_bytes=4096), workers.EchoWorker) as executor:
+        large = "x" * 100_000
+        assert [await executor.execute_model(sent) for sent in (1, large, 3)] == [1, large, 3]
+        futures = [executor.execute_model(number) for number in range(10)]
+        assert await executor.collective_rpc("pid")
+        assert [await future for future in futures] == list(range(10))
+
+
+async def test_without_a_graph_there_is_one_stage() -> None:
+    with pytest.raises(ConfigError, match="'calls'"):
+        await create_executor(layout(1, 2, driver="calls"), workers.EchoWorker).start()

@@ -16,7 +16,7 @@ class NoopWorker:
     def __init__(self, vllm_config: Any, **place: Any) -> None:
         self.vllm_config = vllm_config
         self.place = place
-        self.rank = place["rank"]
+        self.rank: int = place["rank"]
         self._one_call = False
         self._breaks = False
         self._requests = 0

@@ -25,7 +25,7 @@ from typing import Any
 from asyncexec.bench import vllm_tiny
 from asyncexec.bench.ratios import ratio_of_medians
 
-ROUNDS = 12
+ROUNDS = 10
 TOKENS = 64
 REQUESTS = 16
 

@@ -167,6 +167,10 @@ class Extension:
         """A method that vLLM's worker lacks."""
         return self.rank, number  # type: ignore[attr-defined]
 
+    def process_id(self) -> int:
+        """Of this rank."""
+        return os.getpid()
+
 
 class MarkedExecutor(AsyncExecExecutor):
     """Derived by a user: leaves a file when it is used, wherever the engine core runs."""

@@ -116,8 +116,9 @@ async def _concurrently(vllm: Any, arguments: dict[str, Any], sampling: Any) -> 
 
 async def _killed(vllm: Any, arguments: dict[str, Any], sampling: Any, rank: int) -> Any:
     """SIGKILL to a rank while every request is in the middle of its tokens."""
-    engine = _engine(vllm, arguments)
-    started = _descendants()
+    engine = _engine(vllm, arguments | {"worker_extension_cls": "custom.Extension"})
+    ranks = [importlib.import_module("psutil").Process(pid) for pid in await engine.collective_rpc("process_id")]
+    started = list({*_descendants(), *ranks})
     meetings = _meetings()
     endless = sampling.clone()
     endless.max_tokens = 400
@@ -137,7 +138,7 @@ async def _killed(vllm: Any, arguments: dict[str, Any], sampling: Any, rank: int
     requests = [asyncio.create_task(one(i, prompts[i], event)) for i, event in enumerate(generating)]
     await asyncio.gather(*(event.wait() for event in generating))
     killed = time.monotonic()
-    os.kill(_rank_processes()[rank].pid, signal.SIGKILL)
+    os.kill(ranks[rank].pid, signal.SIGKILL)
     outcomes = await asyncio.gather(*requests)
     engine.shutdown()
     left = await asyncio.to_thread(_left, started, meetings)
@@ -161,7 +162,7 @@ def _left(started: list[Any], meetings: list[str]) -> list[str]:
     left = [str(process) for process in there if process.status() != psutil.STATUS_ZOMBIE]
     for meeting in meetings:
         left += map(str, Path(tempfile.gettempdir()).glob(meeting))
-        left += map(str, Path("/dev/shm").glob(f"{meeting}-*"))
+        left += map(str, Path("/dev/shm").glob(f"*{meeting}-*"))
     return left
 
 
@@ -169,12 +170,6 @@ def _descendants() -> list[Any]:
     """All processes below this one; without multiprocessing's tracker, which ends with this one."""
     below = importlib.import_module("psutil").Process().children(recursive=True)
     return [process for process in below if not any("resource_tracker" in part for part in process.cmdline())]
-
-
-def _rank_processes() -> list[Any]:
-    """Those below this process, by the titles that vLLM gives them, in the order in which they started."""
-    ranks = [process for process in _descendants() if any("Worker_TP" in part for part in process.cmdline())]
-    return sorted(ranks, key=lambda process: process.pid)
 
 
 def _allow_async_scheduling() -> None:

@@ -155,7 +155,7 @@ def test_ten_thousand_histories_are_merged_as_vllm_merges_them() -> None:
             assert report is None or report.expected_finished_count == as_vllm.expected_finished_count, where
 
 
-class Saved(ECConnectorWorkerMetadata):
+class Saved(ECConnectorWorkerMetadata):  # type: ignore[misc]
     """Metadata that shows in which order it was merged."""
 
     def __init__(self, items: list[str]) -> None:
@@ -215,13 +215,14 @@ def test_a_request_is_finished_when_the_last_rank_says_so_and_blocks_are_invalid
 
 def test_a_new_expected_count_is_for_requests_that_nobody_has_reported() -> None:
     ours = kv_aggregator(Connector(4), 3)
-    old, new, nothing = {"finished_sending": {"old"}}, {"finished_recving": {"new"}}, {}
+    old: dict[str, Any] = {"finished_sending": {"old"}}
+    new: dict[str, Any] = {"finished_recving": {"new"}}
     two: dict[str, Any] = {"expected_finished_count": 2}
 
     def step(*reports: dict[str, Any]) -> Any:
         return merge(ours, [output(KVConnectorOutput(**report)) for report in reports]).kv_connector_output
 
-    assert step(old, nothing, nothing).finished_sending is None
+    assert step(old, {}, {}).finished_sending is None
     report = step(old | two, new | two, new)
     assert (report.finished_sending, report.finished_recving) == (None, {"new"})
     assert report.expected_finished_count == 2

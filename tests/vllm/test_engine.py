@@ -1,63 +1,15 @@
 """vLLM's engine on the executor: its tokens are those of vLLM's own executor, and a killed rank ends it at once."""
 
-import functools
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import OURS, run
 
-from asyncexec.bench import vllm_tiny
-
-OURS = "asyncexec.integrations.vllm.AsyncExecExecutor"
 pytestmark = pytest.mark.timeout(900)
 KILLS = int(os.environ.get("ASYNCEXEC_VLLM_KILLS", "1"))
 """How often a rank is killed; each start of the engine takes half a minute."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return vllm_tiny.make_model(tmp_path_factory.mktemp("vllm") / "model")
-
-
-@functools.cache
-def run(
-    model: str,
-    backend: str,
-    tp: int = 1,
-    pp: int = 1,
-    *,
-    core: str = "process",
-    scheduling: str = "sync",
-    mode: str = "generate",
-    rank: int = 0,
-    transport: str = "nccl",
-) -> Any:
-    """What the program printed."""
-    options = {
-        "model": model,
-        "backend": backend,
-        "tp": tp,
-        "pp": pp,
-        "mode": mode,
-        "async_scheduling": scheduling == "async",
-        "rank": rank,
-        "additional": {"asyncexec": {"transport": transport}},
-    }
-    process = subprocess.run(
-        [sys.executable, Path(__file__).with_name("program.py"), json.dumps(options)],
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1" if core == "process" else "0"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_nothing_is_left_of_one_that_is_removed(folder: Path) -> None:
     meeting = MeetingPlace()
-    memory = Path("/dev/shm") / f"{meeting.store.name}-memory"
+    memory = Path("/dev/shm") / f"{meeting.store.parent.name}-memory"
     for memory_is_there in (meeting.all_have_met, meeting.remove):
         memory.touch()
         memory_is_there()

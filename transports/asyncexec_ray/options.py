@@ -25,7 +25,9 @@ class RayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tensor_transport: of the tensors between pipeline stages, over Ray's channels: "nccl" from GPU to GPU (needs
             cupy), "shm" through host memory.  "auto" is "nccl" where every rank has a GPU, else "shm".
         driver: how the graph is driven.  "direct" reads and writes its channels, see `graph_internals`; "documented"
-            uses what Ray documents alone, is slower, and serves ranks on several hosts in either case.
+            uses what Ray documents alone, is slower, and serves ranks on several hosts in either case.  "calls" has no
+            graph: steps are ordinary actor calls, which are slower still, but no rank waits actively, and a step may
+            have any size; it takes one pipeline stage.
         buffer_size_bytes: the largest step, and the largest intermediate tensors of one stage.  What is larger fails
             its call.  A graph has a few buffers of this size for each rank.
         idle_teardown: seconds without a step after which the graph is torn down, since its ranks wait actively; the
@@ -42,7 +44,7 @@ class RayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     runtime_env: dict[str, Any] = {}
     backend: Literal["auto", "nccl", "gloo", "none"] = "auto"
     tensor_transport: Literal["auto", "nccl", "shm"] = "auto"
-    driver: Literal["direct", "documented"] = "direct"
+    driver: Literal["direct", "documented", "calls"] = "direct"
     buffer_size_bytes: int = 1 << 20
     idle_teardown: float | None = 60.0
 

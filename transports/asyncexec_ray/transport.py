@@ -65,6 +65,11 @@ class RayTransport(Transport):
 
     async def open(self, config: ExecutorConfig) -> None:
         """Place the actors that are missing, and give all their seats.  They join each other when they get START."""
+        if self.options.driver == "calls" and config.pipeline_parallel_size > 1:
+            raise ConfigError(
+                f"options.ray.driver is 'calls' and pipeline_parallel_size is {config.pipeline_parallel_size}; only "
+                "the graph hands tensors on"
+            )
         self.config = config
         is_first = not self._connected
         if is_first and self.options.driver == "direct":
@@ -82,7 +87,7 @@ class RayTransport(Transport):
 
     def refusal(self, frame: Frame, ranks: Sequence[int]) -> str | None:
         """A step must fit into a buffer of the graph's channels, too."""
-        if self._is_step(frame, ranks):
+        if self._graph is not None and self._is_step(frame, ranks):
             size, limit = frame.size + step_overhead(frame, len(ranks)), self.options.buffer_size_bytes
             if size > limit:
                 return f"are {size} bytes; options.ray.buffer_size_bytes is {limit}"
@@ -178,8 +183,9 @@ class RayTransport(Transport):
         seats = _seats(config, self.options, places)
         leader = members[0].actor
         await asyncio.gather(*(member.sit(seat, leader) for member, seat in zip(members, seats, strict=True)))
-        spans_hosts = _spans_hosts(places, self._placements[0].driver_node)
-        self._graph = self._make_graph(members, seats[0], spans_hosts)
+        if self.options.driver != "calls":
+            spans_hosts = _spans_hosts(places, self._placements[0].driver_node)
+            self._graph = self._make_graph(members, seats[0], spans_hosts)
 
     def _add(self, placed: Sequence[PlacedActor], placement: Placement) -> None:
         """Give actors the next ranks."""

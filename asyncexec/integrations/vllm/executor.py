@@ -65,7 +65,7 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         self._meeting = MeetingPlace()
         worker_kwargs = {
             "vllm_config": self.vllm_config,
-            "distributed_init_method": self._init_method(settings.transport),
+            "distributed_init_method": self._init_method(),
             "shared_worker_lock": HostLock(str(self._meeting.lock)),
         }
         config = settings.executor_config(self._world_size, _environments(self.vllm_config))
@@ -81,15 +81,12 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         if callable(settle := getattr(importlib.import_module("vllm.utils.torch_utils"), _SETTLE_THREADS, None)):
             settle()  # this process only schedules
 
-    def _init_method(self, transport: str) -> str:
-        """Where vLLM's ranks meet: a file of this user's alone, whose name no other executor has, so not a port.
+    def _init_method(self) -> str:
+        """Where vLLM's ranks meet: a file that no other executor has, so not a port.
 
         vLLM's CPU workers name their shared memory after it.
         """
-        network = importlib.import_module("vllm.utils.network_utils")
-        if transport != "nccl":
-            return str(get_distributed_init_method(network.get_ip(), get_open_port()))
-        needs_tcp = getattr(network, "aiter_requires_tcp_store", None)
+        needs_tcp = getattr(importlib.import_module("vllm.utils.network_utils"), "aiter_requires_tcp_store", None)
         if callable(needs_tcp) and needs_tcp():
             return str(get_distributed_init_method(get_loopback_ip(), get_open_port()))
         return f"file://{self._meeting.store}"

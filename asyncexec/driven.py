@@ -12,6 +12,7 @@ be read.  Where there is more to do, such as timers, tasks and writers, asyncio 
 """
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import contextvars
@@ -129,7 +130,13 @@ class DrivenFuture(concurrent.futures.Future[T]):
 
 
 class DrivenLoop(asyncio.SelectorEventLoop):
-    """The loop.  `start` it, `call` coroutines and functions on it from any thread, and `end` it."""
+    """The loop.  `start` it, `call` coroutines and functions on it from any thread, and `end` it.
+
+    Whether asyncio has something to run is what its queue says.  A flag would not do: another thread puts a callback
+    there and writes to the loop's pipe, and a turn that is about to end may read the pipe without the callback.
+    """
+
+    _ready: collections.deque[asyncio.Handle]
 
     def __init__(self) -> None:
         self._readers: dict[int, Callable[[], object]] = {}
@@ -142,7 +149,6 @@ class DrivenLoop(asyncio.SelectorEventLoop):
         self._outer = select.epoll()
         self._outer.register(self._events, select.EPOLLIN | select.EPOLLONESHOT)
         self._armed = True
-        self._stirred = False
         self._timers: list[float] = []
         self._watched_until = math.inf
         self._ending = False
@@ -230,13 +236,6 @@ class DrivenLoop(asyncio.SelectorEventLoop):
         self._readers.pop(_number(fd), None)
         return super().remove_reader(fd)
 
-    def call_soon(
-        self, callback: Callable[[Unpack[Ts]], object], *args: *Ts, context: contextvars.Context | None = None
-    ) -> asyncio.Handle:
-        """As asyncio's; also notes that there is something to run."""
-        self._stirred = True
-        return super().call_soon(callback, *args, context=context)
-
     def call_at(
         self,
         when: float,
@@ -253,13 +252,12 @@ class DrivenLoop(asyncio.SelectorEventLoop):
         taken = self._lock.acquire(blocking=False) or (self._awaited is None and self._lock.acquire(timeout=_SHORT))
         if taken:
             self._owner = threading.get_ident()
-            self._stirred = False
         return taken
 
     def _release(self) -> None:
         """Leave the loop, to the watcher if need be."""
         self._owner = None
-        wake = self._stirred or (self._timers and self._timers[0] < self._watched_until)
+        wake = self._ready or (self._timers and self._timers[0] < self._watched_until)
         self._lock.release()
         if not self._armed and not self._ending:  # behind the release: the watcher may come at once
             self._armed = True
@@ -269,19 +267,19 @@ class DrivenLoop(asyncio.SelectorEventLoop):
 
     def _turn(self, until: float) -> None:
         """Wait for events, until then at most, and have them handled; with what else is due."""
-        timers = self._timers
+        timers, due = self._timers, False
         if timers and timers[0] < until:
             until = timers[0]
         for number, events in self._events.poll(None if until == math.inf else max(0.0, until - time.monotonic())):
             reader = self._readers.get(number)
             if reader is None or events != select.EPOLLIN:
-                self._stirred = True  # asyncio will see it too
+                due = True  # asyncio will see it too
                 continue
             try:
                 reader()
             except Exception as error:  # noqa: BLE001 - as asyncio has it
                 self.call_exception_handler({"message": f"{reader!r} raised", "exception": error})
-        if self._stirred or (timers and timers[0] <= time.monotonic()):
+        if due or self._ready or (timers and timers[0] <= time.monotonic()):
             self._run_what_is_due()
 
     def _watch(self) -> None:
@@ -312,11 +310,11 @@ class DrivenLoop(asyncio.SelectorEventLoop):
 
     def _run_what_is_due(self) -> None:
         """Have asyncio run what is ready, and the timers whose time has come."""
-        self._stirred = True
-        while self._stirred:
-            self._stirred = False
+        more = True
+        while more:
             self.stop()  # documented: with it, run_forever runs what is ready and returns
             self.run_forever()
+            more = bool(self._ready)
         now = self.time()
         while self._timers and self._timers[0] <= now:
             heapq.heappop(self._timers)

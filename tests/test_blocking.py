@@ -242,3 +242,19 @@ async def test_a_thread_that_runs_a_loop_of_its_own_may_wait_too(executor: Block
     with pytest.raises(TimeoutError):
         executor.submit("nap", (0.3,)).result(0.01)
     assert executor.submit("notes").result() == [list(range(20))] * 2
+
+
+def test_what_other_threads_put_into_the_loop_in_a_turn_that_ends_is_run() -> None:
+    """The turn reads what the other thread wrote to wake the loop, and ends without its callback."""
+    loop = DrivenLoop()
+    loop.start()
+    called = threading.Event()
+
+    def in_a_turn() -> None:
+        other = threading.Thread(target=loop.call_soon_threadsafe, args=(called.set,))
+        other.start()
+        other.join(10)
+
+    loop.call_soon_threadsafe(in_a_turn)  # behind it the turn reads the pipe
+    assert called.wait(10)
+    loop.end()

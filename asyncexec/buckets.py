@@ -3,7 +3,9 @@
 A bucket lies in the transport's staging memory, so that its call says only where.
 """
 
+import contextlib
 import importlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -98,10 +100,25 @@ class Filling(NamedTuple):
         """Copy the tensors into the staging memory; blocks, with several threads at work."""
         torch: Any = importlib.import_module("torch")
         base = self.bucket.begin
-        for one, tensor in zip(self.bucket.tensors, self.tensors, strict=True):
-            if one.end > one.begin:
-                target = torch.frombuffer(memory[base + one.begin : base + one.end], dtype=torch.uint8)
-                target.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+        with _some_threads(torch):
+            for one, tensor in zip(self.bucket.tensors, self.tensors, strict=True):
+                if one.end > one.begin:
+                    target = torch.frombuffer(memory[base + one.begin : base + one.end], dtype=torch.uint8)
+                    target.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+
+
+@contextlib.contextmanager
+def _some_threads(torch: Any) -> Iterator[None]:
+    """Leave half of the cores to the ranks: 64 threads on 64 cores copied at a quarter of what 32 did.
+
+    The number is this thread's own, also where torch has it for all.  benchmarks/gpu/weights.py measures it.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, max(1, (os.cpu_count() or 1) // 2)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def nothing(worker: Any) -> None:

@@ -61,37 +61,57 @@ def join_groups(
 
 
 def join_pairs(
-    rank: int, tensor_parallel_size: int, pipeline_parallel_size: int, timeout: float | None = None
+    rank: int, tensor_parallel_size: int, pipeline_parallel_size: int, device: str, timeout: float | None = None
 ) -> StagePairs:
-    """Make the groups of each rank with the same tensor-parallel rank of the next stage; after `join_groups`.
+    """Make the groups of each rank with the same tensor-parallel rank of the next stage, and connect them.
 
-    Every rank takes part in making every group, so all of them call this.
+    Every rank takes part in making every group, so all of them call this, after `join_groups`.
     """
+    torch: Any = importlib.import_module("torch")
     dist: Any = importlib.import_module("torch.distributed")
     limit = None if timeout is None else timedelta(seconds=timeout)
     pairs: dict[int, Any] = {}  # by the rank of the earlier stage
     for first in range(tensor_parallel_size * (pipeline_parallel_size - 1)):
         pairs[first] = dist.new_group([first, first + tensor_parallel_size], timeout=limit)
-    return StagePairs(pairs.get(rank - tensor_parallel_size), pairs.get(rank))
+    previous, following = pairs.get(rank - tensor_parallel_size), pairs.get(rank)
+    probe = torch.zeros(1, device=device)
+    # along the pipeline: each stage receives before it sends
+    if previous is not None:
+        previous.recv([probe], 0, 0).wait()
+    if following is not None:
+        following.send([probe], 1, 0).wait()
+    if probe.is_cuda:
+        torch.cuda.synchronize(device)
+    return StagePairs(previous, following)
 
 
-def warm_up(groups: ProcessGroups, pairs: StagePairs, device: str) -> None:
-    """Connect everything now: the first operation of a group takes hundreds of milliseconds, and lazily so.
-
-    Along the pipeline: each stage receives before it sends.
-    """
+def warm_up(groups: ProcessGroups, device: str) -> None:
+    """Connect everything now: the first operation of a group takes hundreds of milliseconds, and lazily so."""
     torch: Any = importlib.import_module("torch")
     dist: Any = importlib.import_module("torch.distributed")
     probe = torch.zeros(1, device=device)
-    if pairs.previous is not None:
-        pairs.previous.recv([probe], 0, 0).wait()
-    if pairs.next is not None:
-        pairs.next.send([probe], 1, 0).wait()
     for group in (groups.world, groups.tensor_parallel):
         if group is not None:
             dist.all_reduce(probe, group=group)
     if probe.is_cuda:
         torch.cuda.synchronize(device)
+
+
+def agree(group: Any, yes: bool, device: str) -> bool:
+    """Whether all ranks of a group say yes; all of them ask."""
+    torch: Any = importlib.import_module("torch")
+    dist: Any = importlib.import_module("torch.distributed")
+    votes = torch.full((1,), int(yes), device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MIN, group=group)
+    return bool(votes.item())
+
+
+def gather(whole: Any, part: Any, group: Any) -> None:
+    """Put the parts of a group's ranks together, in the order of ranks; `part` may be this rank's place in `whole`."""
+    dist: Any = importlib.import_module("torch.distributed")
+    # the same function; torch 2.13 gave it a new name
+    function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    function(whole, part, group=group)
 
 
 def _make_groups(

@@ -5,6 +5,7 @@ Gloo and host memory stand for NCCL and GPUs here: two stages of two tensor-para
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -20,50 +21,74 @@ from asyncexec.errors import PayloadError
 from asyncexec_nccl.devices import OutOfStep
 from asyncexec_nccl.gpu_hops import GpuHopReceiver, GpuHopSender
 from asyncexec_nccl.stream import RankStream
+from asyncexec_nccl.ways import ReceivingWay, SendingWay
 
 PARTS = 2
 
 
-class HostLane:
-    """In place of the side stream; counts the elements that went through it."""
+class GlooSender(SendingWay):
+    """Counts the elements that were sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, pair: Any) -> None:
+        self.pair = pair
         self.sent = 0
-        self.received = 0
 
-    def send(self, pair: Any, parts: Sequence[torch.Tensor]) -> None:
+    def send(self, parts: Sequence[torch.Tensor]) -> None:
         for part in parts:
-            pair.send([part], 1, 0).wait()
+            self.pair.send([as_bytes(part)], 1, 0).wait()
             self.sent += part.numel()
 
-    def receive(self, pair: Any, layouts: Sequence[tuple[Any, tuple[int, ...]]]) -> list[torch.Tensor]:
+    def let_go(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class GlooReceiver(ReceivingWay):
+    """Counts the elements that were received."""
+
+    def __init__(self, pair: Any) -> None:
+        self.pair = pair
+        self.received = 0
+
+    def receive(self, layouts: Sequence[tuple[Any, tuple[int, ...]]]) -> list[torch.Tensor]:
         parts = [torch.full(shape, 77, dtype=dtype) for dtype, shape in layouts]
         for part in parts:
-            pair.recv([part], 0, 0).wait()
+            self.pair.recv([as_bytes(part)], 0, 0).wait()
             self.received += part.numel()
         return parts
+
+    def let_go(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 class Stages:
     """The senders and receivers of both tensor-parallel ranks."""
 
     def __init__(self, folder: Path) -> None:
-        self.lane = HostLane()
         names = [f"pair {part}" for part in range(PARTS)]
         with ThreadPoolExecutor(2 * PARTS) as pool:
             joins = [pool.submit(gloo, rank, folder / name) for name in names for rank in range(2)]
             gathers = [pool.submit(gloo, rank, folder / "gather") for rank in range(PARTS)]
-            self._pairs = [join.result() for join in joins]
+            pairs = [join.result() for join in joins]
             self._gathers = [join.result() for join in gathers]
-        lane: Any = self.lane
+        self.sending = [GlooSender(pair) for pair in pairs[0::2]]
+        self.receiving = [GlooReceiver(pair) for pair in pairs[1::2]]
         self._sockets = [socket.socketpair() for _ in range(PARTS)]
         streams = [(RankStream(ours, 1 << 20), RankStream(theirs, 1 << 20)) for ours, theirs in self._sockets]
         self.senders = [
-            GpuHopSender(streams[part][0], 1 << 20, self._pairs[2 * part], lane, "cpu", part, PARTS)
-            for part in range(PARTS)
+            GpuHopSender(streams[part][0], 1 << 20, self.sending[part], "cpu", part, PARTS) for part in range(PARTS)
         ]
         self.receivers = [
-            GpuHopReceiver(streams[part][1], "cpu", self._pairs[2 * part + 1], lane, self._gathers[part], PARTS)
+            GpuHopReceiver(streams[part][1], "cpu", self.receiving[part], self._gathers[part], PARTS)
             for part in range(PARTS)
         ]
 
@@ -74,6 +99,14 @@ class Stages:
     def receive(self, call_id: int) -> list[Any]:
         with ThreadPoolExecutor(PARTS) as pool:
             return list(pool.map(lambda receiver: receiver.receive(call_id), self.receivers))
+
+    @property
+    def sent(self) -> int:
+        return sum(way.sent for way in self.sending)
+
+    @property
+    def received(self) -> int:
+        return sum(way.received for way in self.receiving)
 
     def close(self) -> None:
         for pair in self._sockets:
@@ -129,7 +162,7 @@ def test_tensors_of_any_kind_arrive(stages: Stages) -> None:
 def test_of_what_is_replicated_each_rank_sends_its_part(stages: Stages) -> None:
     threads = stages.send(1, {"same": torch.ones(1000), "own": torch.ones(10)}, "same")
     assert all(received["same"].sum() == 1000 for received in stages.receive(1))
-    assert stages.lane.received == 1000 + 2 * 10
+    assert stages.received == 1000 + 2 * 10
     for thread in threads:
         thread.join()
 
@@ -149,23 +182,53 @@ def test_steps_that_were_not_run_leave_nothing_behind(stages: Stages) -> None:
                 assert received["x"].tolist() == [expected] * (10 * expected)
     for thread in threads:
         thread.join()
-    assert stages.lane.received == stages.lane.sent == 10 + 30 + 40 + 60
+    assert stages.received == stages.sent == 10 + 30 + 40 + 60
 
 
 def test_a_receiver_without_memory_ends_its_rank(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL would take the next step's tensors for the ones that were not received."""
+    """A way would take the next step's tensors for the ones that were not received."""
 
     def full(*args: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")
 
     thread = start(stages.senders[0].send, 1, {"x": torch.ones(3)})
-    monkeypatch.setattr(stages.lane, "receive", full)
+    monkeypatch.setattr(stages.receiving[0], "receive", full)
     with pytest.raises(OutOfStep):
         stages.receivers[0].receive(1)
     monkeypatch.undo()
     assert not issubclass(OutOfStep, Exception)
-    stages.lane.receive(stages.receivers[0]._pair, [(torch.float32, (3,))])  # for the sender's thread to end
+    stages.receiving[0].receive([(torch.float32, (3,))])  # for the sender's thread to end
     thread.join()
+
+
+def test_a_sender_that_fails_behind_its_announcement_ends_its_rank(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The receiver would wait for the tensors that were announced."""
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no copy")
+
+    monkeypatch.setattr(stages.sending[0], "send", broken)
+    with pytest.raises(OutOfStep):
+        stages.senders[0].send(1, {"x": torch.ones(3)})
+
+
+def test_parting_waits_for_the_neighbour_but_not_for_ever(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(stages.receiving[0], "close", lambda: closed.append("receiver"))
+    monkeypatch.setattr(stages.sending[0], "let_go", lambda: closed.append("sender"))
+    stages.receivers[0].let_go()
+    closing = start(stages.receivers[0].close)
+    closing.join(0.2)
+    assert closing.is_alive()  # the sender still has the receiver's memory
+    stages.senders[0].let_go()
+    closing.join(1)
+    assert closed == ["sender", "receiver"]
+    stages.receivers[1].let_go()
+    began = time.monotonic()
+    stages.receivers[1].close()
+    assert 1 < time.monotonic() - began < 4
 
 
 def test_what_cannot_be_handed_on_is_not_announced(stages: Stages) -> None:
@@ -173,4 +236,4 @@ def test_what_cannot_be_handed_on_is_not_announced(stages: Stages) -> None:
         stages.senders[0].send(1, {"x": torch.ones(3), "text": "no"})
     with pytest.raises(PayloadError, match="the intermediate tensors are"):
         stages.senders[0].send(1, {"x": torch.ones(3), "array": np.ones(1 << 18)})
-    assert stages.lane.sent == 0
+    assert stages.sent == 0

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from asyncexec import ExecutorFailed, WorkerDied, WorkerError, create_executor
+from asyncexec import ExecutorFailed, ReconfigureDistributedRequest, WorkerDied, WorkerError, create_executor
 from asyncexec.demo.checkpoint import ModelConfig
 from asyncexec.demo.engine import AsyncEngine
 from asyncexec.demo.random_checkpoint import write_random_checkpoint
 from asyncexec.demo.tokenizer import ByteTokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_leftovers")]
+HOP_BYTES = [1 << 26, 100_000, 0]
+"""Rings that hold several steps, or a part of one; 0 has tensors go by NCCL."""
+
 two_gpus = pytest.mark.gpu(2)
 four_gpus = pytest.mark.gpu(4)
 
@@ -70,11 +73,12 @@ async def test_large_tensors_arrive_on_the_ranks_devices(tp: int, shared: int) -
             assert await executor.collective_rpc("rpc", (values,), ranks=[tp - 1]) == [expected]
 
 
+@pytest.mark.parametrize("hop_bytes", HOP_BYTES)
 @pytest.mark.parametrize(("tp", "pp"), [pytest.param(1, 2, marks=two_gpus), pytest.param(2, 2, marks=four_gpus)])
-async def test_tensors_arrive_as_they_were_whatever_happens_to_single_steps(tp: int, pp: int) -> None:
+async def test_tensors_arrive_as_they_were_whatever_happens_to_single_steps(tp: int, pp: int, hop_bytes: int) -> None:
     noise = random.Random(0)
     steps: list[dict[str, Any]] = [{"step": n, "fail": noise.choice([None, None, 0, 1])} for n in range(60)]
-    async with create_executor(nccl(tp, pp), gpu_workers.Courier) as executor:
+    async with create_executor(nccl(tp, pp, options={"hop_bytes": hop_bytes}), gpu_workers.Courier) as executor:
         futures = [executor.execute_model(step) for step in steps]
         for step, future in zip(steps, futures, strict=True):
             if step["fail"] is None:
@@ -85,8 +89,10 @@ async def test_tensors_arrive_as_they_were_whatever_happens_to_single_steps(tp: 
 
 
 @two_gpus
-async def test_hops_keep_their_order_with_the_computation() -> None:
-    async with create_executor(nccl(pp=2), gpu_workers.Racer) as executor:
+@pytest.mark.parametrize("hop_bytes", HOP_BYTES)
+async def test_hops_keep_their_order_with_the_computation(hop_bytes: int) -> None:
+    config = nccl(pp=2, options={"hop_bytes": hop_bytes})
+    async with create_executor(config, gpu_workers.Racer) as executor:
         futures = [executor.execute_model(n) for n in range(50)]
         assert [await future for future in futures] == [[2.0 * n, 2.0 * n] for n in range(50)]
 
@@ -152,6 +158,19 @@ async def generate(directory: Path, config: dict[str, Any], *, ahead: bool) -> l
 
 
 @two_gpus
+@pytest.mark.timeout(240)
+async def test_ranks_take_new_places_on_their_gpus() -> None:
+    before = used_memory()
+    async with create_executor(nccl(1, 2), gpu_workers.Courier) as executor:
+        for tp, pp in ((1, 2), (2, 1), (1, 1), (1, 2)):
+            sizes = ReconfigureDistributedRequest(tensor_parallel_size=tp, pipeline_parallel_size=pp)
+            await executor.reinitialize_distributed(sizes)
+            futures = [executor.execute_model({"step": n}) for n in range(10)]
+            assert [await future for future in futures] == list(range(10))
+    await until_freed(before)
+
+
+@two_gpus
 @pytest.mark.parametrize("pp", [1, 2])
 async def test_a_killed_rank_leaves_nothing_on_the_gpus(pp: int) -> None:
     before = used_memory()
@@ -184,7 +203,3 @@ async def test_closing_does_not_wait_for_a_collective_that_never_ends(method: st
     assert time.monotonic() - began < 10
     await asyncio.gather(call, return_exceptions=True)
     await until_freed(before)
-
-
-def test_there_is_a_gpu() -> None:
-    assert torch.cuda.is_available()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from asyncexec.config import Timeouts
 from asyncexec.errors import ConfigError
+from asyncexec_nccl.ring import Ring
 
 _NO_LIMIT = 10 * 365 * 86400.0
 """Seconds; torch wants a limit."""
@@ -26,6 +27,12 @@ def check_devices(devices: Sequence[int] | None, world_size: int) -> None:
         raise ConfigError(
             f"options.nccl.devices is {list(devices)}; valid: {world_size} different numbers from 0, one for each rank"
         )
+
+
+def check_hop_bytes(nbytes: int) -> None:
+    """Raise ConfigError unless `options.nccl.hop_bytes` is enough for a ring, or 0."""
+    if 0 < nbytes < Ring.SMALLEST:
+        raise ConfigError(f"options.nccl.hop_bytes is {nbytes}; valid: 0, or {Ring.SMALLEST} and more")
 
 
 def collective_timeout(timeouts: Timeouts) -> float:

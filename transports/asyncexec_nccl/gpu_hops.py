@@ -1,41 +1,39 @@
-"""Intermediate tensors from one pipeline stage to the next where ranks have GPUs: by NCCL, GPU to GPU.
+"""Intermediate tensors from one pipeline stage to the next where ranks have GPUs: GPU to GPU.
 
-A hop is one small frame on the socket pair between the two ranks, and one NCCL send and receive for each tensor on the
-GPU.  The frame is written first and never waits: it says which tensors come, so that the receiver knows what to
-receive.  What lies in host memory travels in the frame.
+A hop is one small frame on the socket pair between the two ranks, and what brings the tensors on the GPU: a way, see
+`asyncexec_nccl.ways`.  The frame is written first and never waits: it says which
+tensors come, so that the receiver knows what to receive.  What lies in host memory travels in the frame.
 
-NCCL works on side streams of each rank, one for each direction, so that a stage receives a step while it still sends
-the one before.  Events order them with the stream that the worker computes on; no CPU waits for a GPU.  Every
-announced tensor is received, also that of a step which the receiver could not run: NCCL matches sends and receives by
-their order alone.  A rank that cannot, for lack of memory say, ends: see `OutOfStep`.
+No CPU waits for a GPU.  Every announced tensor is received, also that of a step which the receiver could not run: a way
+matches what is sent and received by the order alone.  A rank that cannot, for lack of memory say, ends: see
+`OutOfStep`.
 """
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 
 from asyncexec.errors import PayloadError
+from asyncexec.process_groups import gather
 from asyncexec.tensors import decode_tensors, encode_tensors, is_tensor_type
 from asyncexec.wire import Frame, FrameKind
 from asyncexec_nccl.devices import OutOfStep
 from asyncexec_nccl.hops import HopReceiver, HopSender
 from asyncexec_nccl.stream import RankStream
+from asyncexec_nccl.ways import ReceivingWay, SendingWay
+
+_PARTING_LIMIT = 2.0
+"""Seconds that a neighbour is given to let go of this rank's memory, before that is freed all the same."""
 
 _PLANS = 512
 """Layouts that are remembered: as many as there are usual numbers of tokens in a step."""
 
 
-_BY_NCCL = frozenset(
-    ("bool", "uint8", "int8", "int32", "int64", "float16", "bfloat16", "float32", "float64"),
-)
-"""Names of the dtypes that torch gives to NCCL as they are; tensors of others go as bytes."""
-
-
 class Announced(msgspec.Struct, frozen=True, array_like=True):
-    """A tensor that comes by NCCL.
+    """A tensor that comes from GPU to GPU.
 
     Attributes:
         name: its name.
@@ -51,55 +49,10 @@ class Announced(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Announcement(msgspec.Struct, frozen=True, array_like=True):
-    """The body of a hop's frame: the tensors that come by NCCL, and the body of those in the frame itself."""
+    """The body of a hop's frame: the tensors that come from GPU to GPU, and the body of those in the frame itself."""
 
     on_gpu: list[Announced]
     on_host: bytes
-
-
-class SideStream:
-    """A stream beside the one that the worker computes on.
-
-    Args:
-        device: torch device string, "cuda:<index>".
-    """
-
-    def __init__(self, device: str) -> None:
-        self._torch: Any = importlib.import_module("torch")
-        self._cuda: Any = self._torch.cuda
-        self._device = self._torch.device(device)
-        self._index: int = self._device.index
-        self._stream = self._cuda.Stream(self._device)
-        self._computed = self._cuda.Event()
-
-    def send(self, pair: Any, parts: Sequence[Any]) -> None:
-        """Send tensors once what computes them is done; their memory is not reused before they are sent."""
-        compute = self._cuda.current_stream(self._index)
-        self._computed.record(compute)
-        self._stream.wait_event(self._computed)
-        self._cuda.set_stream(self._stream)
-        try:
-            for part in parts:
-                pair.send([part], 1, 0).wait()  # makes the stream wait, not the CPU
-        finally:
-            self._cuda.set_stream(compute)
-        for part in parts:
-            part.record_stream(self._stream)
-
-    def receive(self, pair: Any, layouts: Sequence[tuple[Any, tuple[int, ...]]]) -> list[Any]:
-        """Receive tensors of these dtypes and shapes; what the worker computes afterwards waits for them."""
-        compute = self._cuda.current_stream(self._index)
-        self._cuda.set_stream(self._stream)
-        try:
-            # of the side stream's memory: the allocator gives out what earlier steps no longer use
-            parts = [self._torch.empty(shape, dtype=dtype, device=self._device) for dtype, shape in layouts]
-            works = [pair.recv([part], 0, 0) for part in parts]
-        finally:
-            self._cuda.set_stream(compute)
-        for part, work in zip(parts, works, strict=True):
-            work.wait()  # makes the stream wait, not the CPU
-            part.record_stream(compute)
-        return parts
 
 
 class GpuHopSender(HopSender):
@@ -112,9 +65,8 @@ class GpuHopSender(HopSender):
     Args:
         stream: the connection to it.
         max_frame_bytes: of the configuration; it limits what goes in the frame.
-        pair: the process group with the next stage's rank.
-        side: where NCCL works.
-        device: of the tensors that NCCL sends.
+        way: of the tensors that are on the GPU.
+        device: this GPU.
         part, parts: tensor-parallel rank and size.
     """
 
@@ -122,15 +74,13 @@ class GpuHopSender(HopSender):
         self,
         stream: RankStream,
         max_frame_bytes: int,
-        pair: Any,
-        side: SideStream,
+        way: SendingWay,
         device: str,
         part: int,
         parts: int,
     ) -> None:
         super().__init__(stream, max_frame_bytes)
-        self._pair = pair
-        self._side = side
+        self._way = way
         self._device = _device(device)
         self._part = part
         self._parts = parts
@@ -141,28 +91,45 @@ class GpuHopSender(HopSender):
         Raises:
             PayloadError: those in host memory are larger than a frame may be; nothing was sent.
             TypeError: one is neither a tensor nor an array; nothing was sent.
+            OutOfStep: the next stage has been told of them, and they cannot be sent.
         """
         if tensors is None:
             super().send(call_id, None)
             return
-        on_gpu = {name: value for name, value in tensors.items() if _is_on(self._device, value)}
-        on_host = {name: value for name, value in tensors.items() if name not in on_gpu}
-        body, buffers = encode_tensors(on_host) if on_host else (b"", ())
+        on_host: dict[str, Any] = {}
         announced: list[Announced] = []
         parts: list[Any] = []
-        for name, tensor in on_gpu.items():
+        for name, tensor in tensors.items():
+            if not (is_tensor_type(type(tensor)) and tensor.device == self._device):
+                on_host[name] = tensor
+                continue
             sliced = self._parts > 1 and name in replicated and tensor.numel() % self._parts == 0
             announced.append(_announced(name, tensor.dtype, tensor.shape, sliced))
             if tensor.numel():
-                flat = tensor if tensor.is_contiguous() else tensor.contiguous()
-                part = flat.view(self._parts, -1)[self._part] if sliced else flat
-                parts.append(part if announced[-1].dtype in _BY_NCCL else _bytes_of(part))
+                flat = tensor.contiguous()
+                parts.append(flat.view(self._parts, -1)[self._part] if sliced else flat)
+        body, buffers = encode_tensors(on_host) if on_host else (b"", ())
         frame = Frame(FrameKind.CALL, call_id, body=_encode(_Announcement(announced, bytes(body))), buffers=buffers)
         if refusal := frame.refusal(self._max_frame_bytes):
             raise PayloadError(f"the intermediate tensors {refusal}")
         self.write(frame)
         if parts:
-            self._side.send(self._pair, parts)
+            try:
+                self._way.send(parts)
+            except Exception as error:
+                raise OutOfStep from error
+
+    def let_go(self) -> None:
+        """Send nothing any more, and let go of what is the next stage's."""
+        super().let_go()
+        self._way.let_go()
+        self.stream.end_writing()
+
+    def close(self) -> None:
+        """Free what the next stage has let go of."""
+        self.stream.wait_for_end(_PARTING_LIMIT)
+        self._way.close()
+        super().close()
 
 
 class GpuHopReceiver(HopReceiver):
@@ -171,18 +138,14 @@ class GpuHopReceiver(HopReceiver):
     Args:
         stream: the connection to it.
         device: where the tensors are to be.
-        pair: the process group with the previous stage's rank.
-        side: where NCCL works.
+        way: of the tensors that come from GPU to GPU.
         tensor_parallel: the stage's process group; None where there is one rank.
         parts: tensor-parallel size.
     """
 
-    def __init__(
-        self, stream: RankStream, device: str, pair: Any, side: SideStream, tensor_parallel: Any, parts: int
-    ) -> None:
+    def __init__(self, stream: RankStream, device: str, way: ReceivingWay, tensor_parallel: Any, parts: int) -> None:
         super().__init__(stream, device)
-        self._pair = pair
-        self._side = side
+        self._way = way
         self._tensor_parallel = tensor_parallel
         self._parts = parts
 
@@ -207,37 +170,35 @@ class GpuHopReceiver(HopReceiver):
         if frame.kind is not FrameKind.SKIPPED:
             self._receive(_plan(bytes(frame.body)))
 
+    def let_go(self) -> None:
+        """Receive nothing any more, and let go of what is the previous stage's."""
+        self._way.let_go()
+        self.stream.end_writing()
+
+    def close(self) -> None:
+        """Free what the previous stage has let go of."""
+        self.stream.wait_for_end(_PARTING_LIMIT)
+        self._way.close()
+        super().close()
+
     def _receive(self, plan: "_Plan") -> list[Any]:
-        wanted = [
-            (dtype, (_elements(one.shape) // self._parts,) if one.sliced else one.shape, one.dtype in _BY_NCCL)
+        layouts = [
+            (dtype, (_elements(one.shape) // self._parts,) if one.sliced else one.shape)
             for one, dtype in zip(plan.on_gpu, plan.dtypes, strict=True)
             if _elements(one.shape)
         ]
-        if not wanted:
-            return []
-        layouts = [
-            (dtype, shape) if known else (_uint8(), (_elements(shape) * dtype.itemsize,))
-            for dtype, shape, known in wanted
-        ]
         try:
-            parts = self._side.receive(self._pair, layouts)
+            return self._way.receive(layouts) if layouts else []
         except Exception as error:
             raise OutOfStep from error
-        return [
-            part if known else part.view(dtype).view(shape)
-            for part, (dtype, shape, known) in zip(parts, wanted, strict=True)
-        ]
 
     def _gather(self, part: Any, shape: tuple[int, ...]) -> Any:
         """Put the parts of the stage's ranks together, on the stream that the worker computes on."""
         if not part.numel():
             return part
-        dist: Any = importlib.import_module("torch.distributed")
-        # the same function; torch 2.13 gave it a new name
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         try:
             whole = part.new_empty(shape)
-            gather(_bytes_of(whole), _bytes_of(part), group=self._tensor_parallel)
+            gather(_bytes_of(whole), _bytes_of(part), self._tensor_parallel)
         except Exception as error:
             raise OutOfStep from error
         return whole
@@ -272,10 +233,6 @@ def _uint8() -> Any:
 def _device(name: str) -> Any:
     torch: Any = importlib.import_module("torch")
     return torch.device(name)
-
-
-def _is_on(device: Any, value: Any) -> bool:
-    return is_tensor_type(type(value)) and value.device == device
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -25,7 +25,7 @@ class HopSender:
     """
 
     def __init__(self, stream: RankStream, max_frame_bytes: int) -> None:
-        self._stream = stream
+        self.stream = stream
         self._max_frame_bytes = max_frame_bytes
         self._waiting: queue.Queue[list[Buffer] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
@@ -51,18 +51,22 @@ class HopSender:
         """Write a frame, the part that does not fit later on."""
         pieces = frame.pack()
         try:
-            rest = pieces if self._waiting.unfinished_tasks else self._stream.send_what_fits(pieces)
+            rest = pieces if self._waiting.unfinished_tasks else self.stream.send_what_fits(pieces)
         except ConnectionError:
             return  # as above: the next stage is gone
         if rest:
             self._finish_later([bytes(piece) for piece in rest])
 
-    def close(self) -> None:
-        """End the thread when everything is written, and then the way."""
+    def let_go(self) -> None:
+        """Send nothing any more; returns when everything is written."""
         if self._thread is not None:
             self._waiting.put(None)
             self._thread.join()
-        self._stream.close()
+            self._thread = None
+
+    def close(self) -> None:
+        """End the way, after `let_go`."""
+        self.stream.close()
 
     def _finish_later(self, pieces: list[Buffer]) -> None:
         if self._thread is None:
@@ -73,7 +77,7 @@ class HopSender:
     def _write(self) -> None:
         while (pieces := self._waiting.get()) is not None:
             try:
-                self._stream.send_pieces(pieces)
+                self.stream.send_pieces(pieces)
             except ConnectionError:
                 return  # as above
             self._waiting.task_done()
@@ -87,8 +91,8 @@ class HopReceiver:
         device: where the tensors are to be.
     """
 
-    def __init__(self, stream: RankStream, device: str) -> None:
-        self._stream = stream
+    def __init__(self, stream: RankStream, device: str = "cpu") -> None:
+        self.stream = stream
         self._device = device
         self._early: Frame | None = None
 
@@ -111,12 +115,15 @@ class HopReceiver:
     def drop(self, frame: Frame) -> None:
         """Do without a frame of a step that this stage could not run."""
 
+    def let_go(self) -> None:
+        """Receive nothing any more."""
+
     def close(self) -> None:
-        """End the way."""
-        self._stream.close()
+        """End the way, after `let_go`."""
+        self.stream.close()
 
     def _next(self) -> Frame | None:
         if self._early is not None:
             frame, self._early = self._early, None
             return frame
-        return self._stream.receive()
+        return self.stream.receive()

@@ -38,6 +38,7 @@ class RankLaunch(msgspec.Struct, frozen=True):
         staging: file descriptor of the memory that large tensors for all ranks are put into.
         arguments: file descriptor of the memory that large arguments are put into.
         shared_memory_bytes: of the options.
+        hop_bytes: of the options.
         layouts: file descriptor of the socket over which it is told its place among the others.
         sys_path: where it imports from.
     """
@@ -53,6 +54,7 @@ class RankLaunch(msgspec.Struct, frozen=True):
     staging: int
     arguments: int
     shared_memory_bytes: int
+    hop_bytes: int
     layouts: int
     sys_path: list[str]
 

@@ -14,20 +14,23 @@ from typing import Any
 import msgspec
 
 from asyncexec.errors import ConfigError
-from asyncexec.process_groups import StagePairs, join_groups, join_pairs, leave_groups, warm_up
+from asyncexec.process_groups import agree, join_groups, join_pairs, leave_groups, warm_up
 from asyncexec.runtime import RankRuntime
 from asyncexec.transport import RankLink
 from asyncexec.wire import Frame, FrameKind
 from asyncexec.worker import ProcessGroups, RankContext
 from asyncexec_nccl.arguments import ArgumentReceiver
 from asyncexec_nccl.devices import choose_backend, choose_device
-from asyncexec_nccl.gpu_hops import GpuHopReceiver, GpuHopSender, SideStream
+from asyncexec_nccl.gpu_hops import GpuHopReceiver, GpuHopSender
 from asyncexec_nccl.hops import HopReceiver, HopSender
-from asyncexec_nccl.layout import Joints, receive_layout
+from asyncexec_nccl.layout import Joints, Layout, receive_layout
+from asyncexec_nccl.nccl_pairs import PairReceiver, PairSender
+from asyncexec_nccl.peer_copies import meet
 from asyncexec_nccl.process import RankLaunch
 from asyncexec_nccl.shared_memory import RankMemory
 from asyncexec_nccl.staging import StagedReader
 from asyncexec_nccl.stream import RankStream
+from asyncexec_nccl.ways import ReceivingWay, SendingWay
 
 _PR_SET_PDEATHSIG = 1
 
@@ -81,10 +84,10 @@ class _SocketLink(RankLink):
             return  # the driver is gone: `receive` says so next
 
     def join(self) -> RankContext:
-        rank = self._launch.rank
+        rank, device = self._launch.rank, "cpu"
         layout, joints = receive_layout(self._layouts)
         size, stages = layout.tensor_parallel_size, layout.pipeline_parallel_size
-        device, pairs = "cpu", StagePairs()
+        self._make_host_hops(joints)
         backend = self._launch.backend
         try:
             backend = choose_backend(backend, layout.world_size, self._launch.devices)
@@ -96,12 +99,14 @@ class _SocketLink(RankLink):
             limit = self._launch.collective_timeout
             self._groups = join_groups(backend, rank, size, stages, open_store, limit)
             if backend == "nccl" and self._groups.world is not None:
-                pairs = join_pairs(rank, size, stages, limit)
-                warm_up(self._groups, pairs, device)
+                warm_up(self._groups, device)
+                if stages > 1:
+                    self._make_gpu_hops(layout, device)
         finally:
             if backend == "none" or layout.world_size == 1:
                 os.close(joints.store)  # else see `_open_store`
-            self._connect(joints, pairs, device, size)
+        self._staged = StagedReader(self._staging, device, rank, self._groups.world)
+        self._arguments.place_on(device, self._groups.world)
         return RankContext(
             rank=rank,
             local_rank=rank,
@@ -114,25 +119,37 @@ class _SocketLink(RankLink):
             groups=self._groups,
         )
 
-    def _connect(self, joints: Joints, pairs: StagePairs, device: str, size: int) -> None:
-        """Make the ways to the neighbouring stages: by NCCL where there are pairs, else through host memory."""
-        limit = self._launch.max_frame_bytes
-        self._staged = StagedReader(self._staging, device, self._launch.rank, self._groups.world)
-        self._arguments.place_on(device, self._groups.world)
+    def _make_host_hops(self, joints: Joints) -> None:
+        """Take the connections to the neighbouring stages over."""
         if joints.previous is not None:
-            stream = self._open(joints.previous)
-            if pairs.previous is None:
-                self._previous = HopReceiver(stream, device)
-            else:
-                side, gathers = SideStream(device), self._groups.tensor_parallel
-                self._previous = GpuHopReceiver(stream, device, pairs.previous, side, gathers, size)
+            self._previous = HopReceiver(self._open(joints.previous))
         if joints.next is not None:
-            stream = self._open(joints.next)
-            if pairs.next is None:
-                self._next = HopSender(stream, limit)
-            else:
-                part = self._launch.rank % size
-                self._next = GpuHopSender(stream, limit, pairs.next, SideStream(device), device, part, size)
+            self._next = HopSender(self._open(joints.next), self._launch.max_frame_bytes)
+
+    def _make_gpu_hops(self, layout: Layout, device: str) -> None:
+        """Have tensors on the GPUs go from one to the other: by copies where all can reach their neighbours' memory."""
+        launch, groups, size = self._launch, self._groups, layout.tensor_parallel_size
+        previous = None if self._previous is None else self._previous.stream
+        following = None if self._next is None else self._next.stream
+        receiving: ReceivingWay | None = None
+        sending: SendingWay | None = None
+        if launch.hop_bytes:
+            receiving, sending = meet(previous, following, device, launch.hop_bytes)
+        complete = (receiving is None) == (previous is None) and (sending is None) == (following is None)
+        if not agree(groups.world, complete, device):
+            for way in (receiving, sending):
+                if way is not None:
+                    way.let_go()
+                    way.close()
+            stages, limit = layout.pipeline_parallel_size, launch.collective_timeout
+            pairs = join_pairs(launch.rank, size, stages, device, limit)
+            receiving = None if pairs.previous is None else PairReceiver(device, pairs.previous)
+            sending = None if pairs.next is None else PairSender(device, pairs.next)
+        if previous is not None and receiving is not None:
+            self._previous = GpuHopReceiver(previous, device, receiving, groups.tensor_parallel, size)
+        if following is not None and sending is not None:
+            part = launch.rank % size
+            self._next = GpuHopSender(following, launch.max_frame_bytes, sending, device, part, size)
 
     def answer_inspections(self, describe: Callable[[], bytes]) -> None:
         # a daemon: it ends with the process, at the latest with the driver
@@ -168,10 +185,11 @@ class _SocketLink(RankLink):
         self._staged.close()  # unpinning may wait for the GPU, which waits for nobody any more
         self._arguments.leave()
         self._groups = ProcessGroups()
-        if self._previous is not None:
-            self._previous.close()
-        if self._next is not None:
-            self._next.close()
+        hops = [hop for hop in (self._previous, self._next) if hop is not None]
+        for hop in hops:
+            hop.let_go()  # of all, before waiting for a neighbour to do so
+        for hop in hops:
+            hop.close()
         self._previous = self._next = None
 
 

@@ -1,14 +1,18 @@
 """Host memory that the driver fills and every rank can read: the way of large tensors that all ranks get.
 
-On GPUs rank 0 alone reads it, by copies from pinned memory on a stream of their own; the others get the bytes from
-rank 0's GPU by a broadcast of NCCL.
+On GPUs each rank copies its share of the bytes from pinned memory, on a stream of their own, and gets the others' from
+their GPUs by NCCL: so every GPU's bus carries a part, and none carries all.
 """
 
 import importlib
 from typing import Any
 
+from asyncexec.process_groups import gather
 from asyncexec_nccl.devices import OutOfStep
 from asyncexec_nccl.shared_memory import RankMemory
+
+_ALIGNMENT = 512
+"""Bytes: every share begins where copies are fast."""
 
 
 class StagedReader:
@@ -26,6 +30,7 @@ class StagedReader:
         self._device = device
         self._rank = rank
         self._group = group
+        self._size = 1 if group is None else importlib.import_module("torch.distributed").get_world_size(group)
         self._bytes: Any = None  # uint8 tensor over the whole memory
         self._copying: Any = None
 
@@ -49,22 +54,22 @@ class StagedReader:
 
     def _to_device(self, begin: int, nbytes: int) -> tuple[Any, Any]:
         torch: Any = importlib.import_module("torch")
-        copied = None
-        if self._rank == 0:
-            source = self._mapped(begin + nbytes)[begin : begin + nbytes]
-            compute = torch.cuda.current_stream(self._device)
-            with torch.cuda.stream(self._copying):
-                target = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-                target.copy_(source, non_blocking=True)
-                copied = torch.cuda.Event(blocking=True)
-                copied.record(self._copying)
-            compute.wait_event(copied)
-            target.record_stream(compute)
-        else:
-            target = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        memory = self._mapped(begin + nbytes)
+        share = -(-nbytes // self._size // _ALIGNMENT) * _ALIGNMENT
+        first = min(self._rank * share, nbytes)
+        source = memory[begin + first : begin + min(first + share, nbytes)]
+        compute = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._copying):
+            whole = torch.empty(share * self._size, dtype=torch.uint8, device=self._device)
+            mine = whole[self._rank * share :][:share]
+            mine[: len(source)].copy_(source, non_blocking=True)
+            copied = torch.cuda.Event(blocking=True)
+            copied.record(self._copying)
+        compute.wait_event(copied)
+        whole.record_stream(compute)
         if self._group is not None:
-            importlib.import_module("torch.distributed").broadcast(target, 0, group=self._group)
-        return target, copied
+            gather(whole, mine, self._group)
+        return whole[:nbytes], copied
 
     def close(self) -> None:
         """Unpin the memory."""

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from asyncexec.errors import WireError
@@ -150,6 +151,20 @@ class RankStream:
         """Write as much as the socket takes now; returns the rest.  Raises ConnectionError when the peer is gone."""
         with self._writing:
             return _write(self._socket, pieces, socket.MSG_DONTWAIT)
+
+    def end_writing(self) -> None:
+        """Have the peer find the end of the stream behind what was written."""
+        with contextlib.suppress(OSError):  # already reset by the peer
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def wait_for_end(self, limit: float) -> None:
+        """Block until the peer has ended its writing or is gone, or for `limit` seconds; what it wrote is dropped."""
+        until = time.monotonic() + limit
+        with contextlib.suppress(OSError):  # of the limit, or reset by the peer
+            while (left := until - time.monotonic()) > 0:
+                self._socket.settimeout(left)
+                if not self._socket.recv(READ_SIZE):
+                    return
 
     def close(self) -> None:
         """Close the socket, which ends a `receive` of the peer."""

@@ -20,7 +20,7 @@ from asyncexec.errors import WireError
 from asyncexec.transport import KernelState, RankLoss, Transport, TransportEvents
 from asyncexec.wire import Buffer, Frame, FrameKind
 from asyncexec_nccl.arguments import ArgumentSender
-from asyncexec_nccl.devices import check_devices, collective_timeout
+from asyncexec_nccl.devices import check_devices, check_hop_bytes, collective_timeout
 from asyncexec_nccl.layout import Joints, Layout, send_layout
 from asyncexec_nccl.process import RankLaunch, RankProcess
 from asyncexec_nccl.shared_memory import SharedMemory
@@ -51,6 +51,8 @@ class NcclOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             again.  0 shares none.
         input_device: where tensors of 1 MiB and more among the arguments of calls arrive: "cpu", or "rank", the rank's
             own device (`RankContext.device`).
+        hop_bytes: of GPU memory that each rank lends to the previous pipeline stage's, for tensors on their way to it.
+            Larger tensors go in parts.  0 lends none, and has tensors go by NCCL.
     """
 
     backend: Literal["auto", "nccl", "gloo", "none"] = "auto"
@@ -59,6 +61,7 @@ class NcclOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices: list[int] | None = None
     shared_memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 27
     input_device: Literal["cpu", "rank"] = "cpu"
+    hop_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 26
 
 
 class NcclTransport(Transport):
@@ -85,6 +88,7 @@ class NcclTransport(Transport):
     async def open(self, config: ExecutorConfig) -> None:
         """Spawn the ranks that are missing, and tell all their places.  They join each other when they get START."""
         check_devices(self.options.devices, config.world_size)
+        check_hop_bytes(self.options.hop_bytes)
         self.config = config
         size = config.tensor_parallel_size
         staging = self._staging = self._staging or SharedMemory("asyncexec-staging")
@@ -200,6 +204,7 @@ class _Rank:
                 staging=staging,
                 arguments=arguments,
                 shared_memory_bytes=options.shared_memory_bytes,
+                hop_bytes=options.hop_bytes,
                 layouts=layouts[1].fileno(),
                 sys_path=[str(path) for path in sys.path],
             )

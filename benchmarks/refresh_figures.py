@@ -12,8 +12,8 @@ from asyncexec.bench.results import Results
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 
-_BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n```text\n).*?(```\n)", re.DOTALL)
-"""Where figures go: a comment that names their file, and a block of text."""
+_BLOCK = re.compile(r"(^From `(\S+)`:\n\n```text\n).*?(```\n)", re.DOTALL | re.MULTILINE)
+"""Where figures go: a line that names their file, and a block of text."""
 
 
 def refreshed(page: str) -> str:
@@ -25,7 +25,7 @@ def refreshed(page: str) -> str:
     """
     changed, count = _BLOCK.subn(lambda block: f"{block[1]}{_shown(ROOT / block[2])}\n{block[3]}", page)
     if count == 0:
-        raise ValueError("the page has no block of figures: a comment '<!-- figures: FILE -->' and one of text")
+        raise ValueError("the page has no block of figures: a line 'From `FILE`:' and one of text")
     return changed
 
 

@@ -213,6 +213,7 @@ def test_pipelines_aggregation_and_the_demo_are_cases_too(tmp_path: Path) -> Non
     assert "tokens/s / nccl's [95%]" in text
     assert "us / count's [95%]" in text
     assert f"{measured['overlap', 'nccl']['overlap_ratio'][0]:.3f}" in text
+    assert re.search(r"nccl +[0-9]+ +1\.00 +[0-9]+ +[0-9]+", text), "one round has no interval"
     assert html_report(Results(HEADER, turns, [])).count("<svg") == 3
 
 

@@ -140,11 +140,12 @@ def _by_round(rounds: Rounds, metric: str) -> dict[int, float]:
 
 
 def _ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
-    """Of the rounds that both have; a median of 0, as of an idle peer, has no ratio."""
+    """Of the rounds that both have; one alone has no interval, and a median of 0, as of an idle peer, no ratio."""
     both = [(ours[number], theirs[number]) for number in ours if number in theirs]
     if not both or min(map(min, both)) <= 0:
         return "-"
-    return str(ratio_of_medians([our for our, _ in both], [their for _, their in both]))
+    ratio = ratio_of_medians([our for our, _ in both], [their for _, their in both])
+    return str(ratio) if len(both) > 1 else f"{ratio.value:.2f}"
 
 
 def _median(together: Iterable[Samples], metric: str, form: str) -> str:

@@ -21,8 +21,8 @@ class NoopWorker:
         self._breaks = False
         self._requests = 0
         self._outputs: dict[int, Any] = {}
-        self._place = place
-        self.device = "cpu"
+        platform: Any = importlib.import_module("vllm.platforms").current_platform
+        self.device = f"cuda:{place['local_rank']}" if platform.is_cuda() else "cpu"
         self.model_runner = self
 
     def init_device(self) -> None:
@@ -33,14 +33,14 @@ class NoopWorker:
         state: Any = importlib.import_module("vllm.distributed.parallel_state")
         config: Any = importlib.import_module("vllm.config")
         parallel = self.vllm_config.parallel_config
-        method: str = self._place["distributed_init_method"]
+        method: str = self.place["distributed_init_method"]
         os.environ["VLLM_DIST_IDENT"] = method.rpartition(":")[2]  # as vLLM's worker for CPUs does
         with config.set_current_vllm_config(self.vllm_config):
             state.init_distributed_environment(
                 parallel.world_size,
                 self.rank,
                 method,
-                self._place["local_rank"],
+                self.place["local_rank"],
                 "gloo",
             )
             state.initialize_model_parallel(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)

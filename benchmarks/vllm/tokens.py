@@ -22,7 +22,7 @@ from typing import Any
 from asyncexec.bench import vllm_tiny
 from asyncexec.bench.ratios import ratio_of_medians
 
-ROUNDS = 10
+ROUNDS = 8
 TOKENS = 64
 REQUESTS = 16
 PARKED = 1.6
@@ -37,7 +37,6 @@ class Engine:
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--engine", arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.ask()  # the first batch is slow: let it be over, and the engine be up
 
     def ask(self) -> tuple[float, Any]:
         """Tokens per second of one batch, and the tokens."""
@@ -91,6 +90,8 @@ def compare(model: str, tensor_parallel_size: int, pipeline_parallel_size: int) 
     """One layout, in turns."""
     kinds = ("mp", "asyncexec")
     engines = {kind: Engine(kind, model, tensor_parallel_size, pipeline_parallel_size) for kind in kinds}
+    for engine in engines.values():
+        engine.ask()  # the first batch is slow: let it be over, and the engine be up
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     seen = set()
     for number in range(ROUNDS):

@@ -30,9 +30,8 @@ unit: .venv/.dev
 test-vllm: .venv-vllm/.done  ## the integration with vLLM, in an environment of its own; some ten minutes
 	.venv-vllm/bin/pytest -c tests/vllm/pytest.ini tests/vllm
 
-bench: .venv/.dev  ## every transport beside its peers, below ten minutes; the overlap of pipeline stages
+bench: .venv/.dev  ## every transport beside its peers, below ten minutes
 	$(BIN)/asyncexec bench --suite full --html asyncexec-bench.html
-	$(BIN)/python benchmarks/pipeline_overlap.py
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix

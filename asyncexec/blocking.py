@@ -34,7 +34,7 @@ class BlockingExecutor:
 
     def __init__(self, config: ExecutorConfig, worker: str | type, worker_kwargs: Mapping[str, Any]) -> None:
         self._loop = DrivenLoop()
-        self._driver = _Driver(self._loop, config, worker, worker_kwargs, None)
+        self._driver = _Driver(config, worker, worker_kwargs, None)
         self._ended = False
 
     def start(self) -> None:
@@ -74,14 +74,13 @@ class BlockingExecutor:
         """
         future: DrivenFuture[Any] = DrivenFuture(self._loop)
         merge = aggregator or (_ALL if output_rank is None else _ONE)
-
-        def send() -> None:
-            self._driver.submit(method, args, kwargs or {}, timeout, output_rank or 0, merge, is_step).pass_to(future)
-
         if self._ended:
             raise ExecutorClosed("the executor is closed")
-        self._loop.do(send)
+        self._loop.do(self._submit, future, method, args, kwargs or {}, timeout, output_rank or 0, merge, is_step)
         return future
+
+    def _submit(self, future: DrivenFuture[Any], *call: Any) -> None:
+        self._driver.submit(*call).pass_to(future)
 
     def notify(self, method: str, args: Sequence[Any] = ()) -> None:
         """Have every rank run a method of which nobody wants an answer, in order with what was submitted.
@@ -90,7 +89,7 @@ class BlockingExecutor:
         """
         if self._ended:
             raise ExecutorClosed("the executor is closed")
-        self._loop.do(lambda: self._driver.submit(method, args, {}, None, NO_RANK, _ONE, True))
+        self._loop.do(self._driver.submit, method, args, {}, None, NO_RANK, _ONE, True)
 
     @property
     def failure(self) -> AsyncExecError | None:
@@ -99,7 +98,7 @@ class BlockingExecutor:
 
     def add_failure_callback(self, callback: Callable[[AsyncExecError], None]) -> None:
         """Have `callback(cause)` called when the executor fails, on any thread; at once if it has failed already."""
-        self._loop.do(lambda: self._driver.add_failure_callback(callback))
+        self._loop.do(self._driver.add_failure_callback, callback)
 
     def report(self) -> Report:
         """What every rank is doing; see `Executor.report`."""
@@ -126,10 +125,6 @@ class BlockingExecutor:
 class _Driver(Driver):
     """The driver, on a loop that no thread owns for good."""
 
-    def __init__(self, loop: DrivenLoop, *args: Any) -> None:
-        super().__init__(*args)
-        self._driven_by = loop
-
     def submit(
         self,
         method: str | Callable[..., Any],
@@ -142,21 +137,20 @@ class _Driver(Driver):
     ) -> StepFuture[Any]:
         submitted = time.monotonic_ns()
         name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
-        limit = self._config.timeouts.for_method(name, step=is_step) if timeout is None else timeout
+        if timeout is None and output_rank != NO_RANK:  # of a notice nobody waits for the end
+            timeout = self._config.timeouts.for_method(name, step=is_step)
         frame = self._encode(name, method, args, kwargs)
-        self._check_size(frame, name, self._ranks)
         return self._calls.submit(
             frame,
             name,
             self._ranks,
             output_rank,
             aggregator,
-            limit,
+            timeout,
             slot=is_step,
             ordered=is_step,
             submitted=submitted,
         )
 
     def _check_thread(self) -> None:
-        if not self._driven_by.is_held:
-            raise RuntimeError("the loop is not held by this thread")
+        """Whoever comes has the loop: the blocking executor sees to that."""

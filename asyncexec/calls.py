@@ -13,16 +13,18 @@ import msgspec
 from asyncexec.aggregate import STEP_METHODS, Aggregator
 from asyncexec.codec import Codec
 from asyncexec.config import ExecutorConfig
-from asyncexec.errors import AsyncExecError, CallError, ExecutorClosed, StepTimeout, WorkerError
+from asyncexec.errors import AsyncExecError, CallError, ExecutorClosed, PayloadError, StepTimeout, WorkerError
 from asyncexec.future import StepFuture
 from asyncexec.observing import CallRecord, Observer
 from asyncexec.runtime import RemoteFailure
-from asyncexec.submission import Reply, Submission
+from asyncexec.submission import Submission
 from asyncexec.transport import Transport
 from asyncexec.window import Call, Complete, Counters, Decision, Fail, Send, Take, Window
 from asyncexec.wire import ALL_RANKS, NO_RANK, Frame, FrameKind
 
 logger = logging.getLogger("asyncexec")
+
+_REPLY = FrameKind.REPLY
 
 _CENSUS = 32
 """Every so many steps, the ranks whose output is not wanted say that they are done: none of them lags further behind,
@@ -124,8 +126,11 @@ class Calls:
             submitted: when the caller came, in nanoseconds of CLOCK_MONOTONIC.
 
         Raises:
+            PayloadError: the frame is too large.
             ExecutorBusy: as many calls wait for a slot as are allowed.
         """
+        if refusal := self._transport.refusal(frame, ranks):
+            raise PayloadError(f"the arguments {refusal}", method=method)
         wanted = ranks if aggregator.needs_all_ranks else () if output_rank == NO_RANK else (output_rank,)
         frame.reply_to = ALL_RANKS if aggregator.needs_all_ranks else output_rank
         encoded = time.monotonic_ns()
@@ -143,15 +148,14 @@ class Calls:
         if self.observers is not None:
             self._tell(self.observers, submission, call)
         self._carry_out(decisions)
-        self._arm_timer()
+        if timeout is not None:
+            self._arm_timer()
         return future
 
     def frame_received(self, rank: int, frame: Frame) -> None:
         """A rank's answer."""
-        if frame.kind is FrameKind.REPLY:
-            reply = Reply(frame, time.monotonic_ns(), self._rank_free[rank])
-            self._rank_free[rank] = frame.ended_ns
-            decisions = self._window.replied(rank, frame.call_id, frame.epoch, reply)
+        if frame.kind is _REPLY:
+            decisions = self._window.replied(rank, frame.call_id, frame.epoch, frame)
         elif frame.kind is FrameKind.ERROR:
             decisions = self._rank_raised(rank, frame)
         elif frame.kind is FrameKind.DONE:
@@ -266,22 +270,27 @@ class Calls:
                 self._carry_out_one(self._decisions.popleft())
         finally:
             self._carrying_out = False
-        self.look_again()
+        if self._changed is not None:
+            self.look_again()
 
     def _carry_out_one(self, decision: Decision) -> None:
-        submission: Submission = decision.call.content
-        if isinstance(decision, Send):
-            submission.begin(decision.call)
-            self._transport.send(submission.frame, decision.call.ranks)
+        call = decision.call
+        submission: Submission = call.content
+        # not isinstance, which asks the metaclass of msgspec's structs wherever the answer is no
+        if type(decision) is Send:
+            submission.begin(call)
+            self._transport.send(submission.frame, call.ranks)
             submission.send_ended = time.monotonic_ns()
             if submission.record is not None:
                 submission.record.send_ended = submission.send_ended
-        elif isinstance(decision, Take):
-            submission.take(decision.call, decision.rank, decision.output, self._codec)
-        elif isinstance(decision, Complete):
-            submission.complete(decision.call)
-        else:
-            self._failed.append((decision.call.epoch, decision.call.call_id))
+        elif type(decision) is Take:
+            rank, reply = decision.rank, decision.output
+            submission.take(call, rank, reply, self._rank_free[rank], self._codec)
+            self._rank_free[rank] = reply.ended_ns
+        elif type(decision) is Complete:
+            submission.complete(call)
+        elif type(decision) is Fail:
+            self._failed.append((call.epoch, call.call_id))
             if isinstance(decision.error, StepTimeout):
                 self._on_deadline(submission.future, decision.error)
             else:

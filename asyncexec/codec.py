@@ -27,23 +27,9 @@ from asyncexec.errors import ConfigError
 from asyncexec.outputs import DeferredOutput, IntermediateTensors
 from asyncexec.pickling import around_bytes, dumps, loads
 from asyncexec.tensors import array_from, array_parts, is_array_type, is_tensor_type, tensor_from, tensor_parts
-from asyncexec.wire import VERSION, Buffer, Buffers
+from asyncexec.wire import VERSION, Buffer, Buffers, Frame, FrameKind
 
-
-class Payload(NamedTuple):
-    """An encoded call or result: the codec's number for the method, the body, and the memory beside it."""
-
-    method: int
-    body: Buffer
-    buffers: Sequence[Buffer]
-
-
-class Call(NamedTuple):
-    """A decoded call: a method's name or a callable that takes the worker first, and its arguments."""
-
-    target: str | Callable[..., Any]
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
+_CALL = FrameKind.CALL
 
 
 class Codec:
@@ -74,42 +60,44 @@ class Codec:
         """The number of the method of this name; -1 where the worker class has none."""
         return self._numbers.get(name, -1)
 
-    def encode_call(self, target: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Payload:
-        """Encode a call of a method by name, or of a callable.
+    def encode_call(self, target: str | Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Frame:
+        """A CALL of a method by name, or of a callable.
 
         Raises:
             ConfigError: the worker class has no such method.
             TypeError: the arguments do not fit the method, or cannot be encoded.  Pickling may raise more.
         """
-        if isinstance(target, str):
-            number = self._numbers.get(target)
-            if number is not None:
-                return Payload(number, *self._plans[number].arguments.encode(args, kwargs))
-            if not self._open_ended:
-                raise ConfigError(f"{self._name} has no method {target!r}; it has: {', '.join(self._numbers)}")
-        return Payload(0, *_PICKLED.encode((target, *args), kwargs))
+        number = self._numbers.get(target, 0) if isinstance(target, str) else 0
+        if number:
+            body, buffers = self._plans[number].arguments.encode(args, kwargs)
+        elif isinstance(target, str) and not self._open_ended:
+            raise ConfigError(f"{self._name} has no method {target!r}; it has: {', '.join(self._numbers)}")
+        else:
+            body, buffers = _PICKLED.encode((target, *args), kwargs)
+        return Frame(_CALL, method=number, body=body, buffers=buffers)
 
-    def decode_call(self, payload: Payload) -> Call:
-        """The call that `encode_call` encoded.  Raises what decoding raises when the message does not fit."""
-        plan = self._plans.get(payload.method)
+    def decode_call(self, frame: Frame) -> tuple[str | Callable[..., Any], Sequence[Any], Mapping[str, Any]]:
+        """What `encode_call` encoded: a method's name, or a callable that takes the worker first; its arguments.
+
+        Raises what decoding raises when the message does not fit.
+        """
+        plan = self._plans.get(frame.method)
         if plan is not None:
-            return Call(plan.name, *plan.arguments.decode(payload.body, payload.buffers))
-        if payload.method != 0:
-            raise ConfigError(f"method {payload.method} is unknown; {self._name} has {len(self._plans)} methods")
-        (target, *args), kwargs = _PICKLED.decode(payload.body, payload.buffers)
-        return Call(target, args, kwargs)
+            return plan.name, *plan.arguments.decode(frame.body, frame.buffers)
+        if frame.method != 0:
+            raise ConfigError(f"method {frame.method} is unknown; {self._name} has {len(self._plans)} methods")
+        (target, *args), kwargs = _PICKLED.decode(frame.body, frame.buffers)
+        return target, args, kwargs
 
-    def encode_result(self, method: int, value: Any) -> Payload:
-        """Encode what a method returned; TypeError where it cannot be."""
-        return Payload(method, *self._result(method).encode((value,), {}))
+    def encode_result(self, reply: Frame, value: Any) -> None:
+        """Put what the reply's method returned into the reply; TypeError where it cannot be encoded."""
+        plan = self._plans.get(reply.method, _CALLABLE)
+        reply.body, reply.buffers = plan.result.encode((value,), {})
 
-    def decode_result(self, payload: Payload) -> Any:
+    def decode_result(self, reply: Frame) -> Any:
         """The value that `encode_result` encoded."""
-        return self._result(payload.method).decode(payload.body, payload.buffers)[0][0]
-
-    def _result(self, method: int) -> "_Format":
-        plan = self._plans.get(method)
-        return _PICKLED if plan is None else plan.result
+        plan = self._plans.get(reply.method, _CALLABLE)
+        return plan.result.decode(reply.body, reply.buffers)[0][0]
 
 
 def _is_public_method(worker_class: type, name: str) -> bool:
@@ -215,8 +203,7 @@ class _Pickled(_Format):
     kind = "pickled"
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Buffer, Sequence[Buffer]]:
-        values = [around_bytes(value) for value in args], {key: around_bytes(value) for key, value in kwargs.items()}
-        return dumps(values)
+        return dumps(([*map(around_bytes, args)], {key: around_bytes(kwargs[key]) for key in kwargs} if kwargs else {}))
 
     def decode(self, body: Buffer, buffers: Sequence[Buffer]) -> tuple[Sequence[Any], Mapping[str, Any]]:
         args, kwargs = loads(body, buffers)
@@ -244,19 +231,19 @@ class _Typed(_Format):
             value = getattr(values, name)
             if value is not None:
                 setattr(values, name, _Blob(_contiguous(value)))
-        buffers = Buffers()
-        self._memory.buffers = buffers
+        memory = self._memory
+        memory.buffers = None
         try:
-            return self._encoder.encode(values), buffers
+            return self._encoder.encode(values), memory.buffers or ()
         finally:
-            self._memory.buffers = ()  # which would keep the memory until the next call
+            memory.buffers = None  # which would keep the memory until the next call
 
     def decode(self, body: Buffer, buffers: Sequence[Buffer]) -> tuple[Sequence[Any], Mapping[str, Any]]:
         self._memory.buffers = buffers
         try:
             values: Sequence[Any] = msgspec.structs.astuple(self._decoder.decode(body))
         finally:
-            self._memory.buffers = ()
+            self._memory.buffers = None
         if self._blobs:
             values = [self._blobs[i](v.value) if isinstance(v, _Blob) else v for i, v in enumerate(values)]
         if not self._keyword_only:
@@ -268,7 +255,7 @@ class _Typed(_Format):
 
     def _to_memory(self, value: Any) -> Any:
         """Encoder hook: describe a value whose memory goes beside the message."""
-        buffers = self._memory.buffers
+        buffers = self._memory.buffers = self._memory.buffers or Buffers()
         if isinstance(value, _Blob):
             buffers.append(value.value)
             return len(buffers) - 1
@@ -351,3 +338,6 @@ def _is_plain_info(info: Any, seen: set[type]) -> bool:
 
 
 _PICKLED = _Pickled()
+
+_CALLABLE = _MethodPlan("a callable", _PICKLED, _PICKLED, "")
+"""Of calls that carry their target themselves."""

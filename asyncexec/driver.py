@@ -37,6 +37,7 @@ from asyncexec.inspection import Report
 from asyncexec.observing import Observer
 from asyncexec.pickling import dumps
 from asyncexec.registry import load_transport, transport_names
+from asyncexec.reinitializing import Reinitializer
 from asyncexec.reporting import Reporter
 from asyncexec.runtime import WorkerSpec, load_worker_class
 from asyncexec.supervision import inspect_ranks, require_health
@@ -46,9 +47,6 @@ from asyncexec.window import Call, Counters
 from asyncexec.wire import Frame, FrameKind
 
 logger = logging.getLogger("asyncexec")
-
-_DEATH_LIMIT = 1.0
-"""Seconds between a new rank's connection breaking and the transport's telling of its death; more than enough."""
 
 _ALL = AllRanks()
 _FIRST = FirstRank()
@@ -90,6 +88,9 @@ class _State(enum.Enum):
     CLOSED = "is closed"
 
 
+_RUNNING = _State.RUNNING
+
+
 class Driver(Executor):
     """See `create_executor`; the transport calls `frame_received` and `rank_lost`."""
 
@@ -129,10 +130,16 @@ class Driver(Executor):
         self._closing: asyncio.Task[None] | None = None
         self._reporter = Reporter(self._report_text)
         self._explaining: set[asyncio.Task[None]] = set()
+        self._reinitializer = Reinitializer(
+            self._calls,
+            self._transport,
+            self._take_places,
+            self._interrupted,
+            lambda failure: self._fail(failure, lambda call: ExecutorFailed(failure)),
+        )
         self._reinitializing: asyncio.Task[None] | None = None
         self._failure: AsyncExecError | None = None
         self._failure_callbacks: list[Callable[[AsyncExecError], None]] = []
-        self._stillborn: dict[int, WorkerDied] = {}
         self._traces: list[Trace] = []
 
     # ------------------------------------------------------------------------------------------------ lifecycle
@@ -153,7 +160,7 @@ class Driver(Executor):
             self._opened = True
             self._check_starting()
             rest = max(0.0, scope.deadline - anyio.current_time())
-            await self._submit(self._start_frame(), "start", self._ranks, _ALL, rest)  # which tells who is late
+            await self._take_places(self._ranks, rest)
             self._check_starting()
             await self._reporter.open()
             self._check_starting()
@@ -223,29 +230,9 @@ class Driver(Executor):
 
     async def _reinitialize(self, config: ExecutorConfig) -> None:
         """Change the ranks' layout, or change it back.  A task of its own: who awaits it may be cancelled."""
-        old, limit = self._config, self._config.timeouts.drain
+        old = self._config
         try:
-            with anyio.move_on_after(limit) as scope:
-                await self._calls.until(lambda: self._calls.are_done)
-            if scope.cancelled_caught:
-                message = f"the calls in flight were not done within {limit:g} s"
-                raise StepTimeout(message, timeout=limit, waiting_for=(), method="reinitialize_distributed")
-            self._check_reinitializing()
-            started = range(old.world_size, config.world_size)
-            self._stillborn.clear()
-            try:
-                await self._bring_up(config, started)
-                self._check_reinitializing()
-            except Exception as error:
-                await self._take_back(old, started, error, joined=False)
-                raise
-            try:
-                await self._take_places(config)
-            except Exception as error:
-                await self._take_back(old, started, error, joined=True)
-                raise
-            self._calls.resize(config.world_size, config.max_concurrent_batches)
-            self._calls.begin_epoch()
+            await self._reinitializer.change(old, config)
             self._adopt(config)
             leaving = range(config.world_size, old.world_size)
             for rank in leaving:
@@ -262,66 +249,20 @@ class Driver(Executor):
                 self._state = _State.RUNNING
             self._calls.look_again()  # whoever waits for a slot
 
-    def _check_reinitializing(self) -> None:
-        """After an await: meanwhile somebody may have closed the executor, or a rank been lost."""
-        if self._failure is not None:
-            raise self._failure
-        if self._state is not _State.REINITIALIZING:
-            raise ExecutorClosed(f"the executor {self._state.value}")
+    def _take_places(self, ranks: Sequence[int], limit: float) -> StepFuture[Any]:
+        """Have these ranks join each other, and their workers take their places, within so many seconds."""
+        return self._submit(self._start_frame(), "start", ranks, _ALL, limit)  # which tells who is late
 
-    async def _bring_up(self, config: ExecutorConfig, started: Sequence[int]) -> None:
-        """Start the ranks that are missing; the others must not be made to wait for one that does not come up."""
-        limit = config.timeouts.start
-        with anyio.move_on_after(limit) as scope:
-            await self._transport.open(config)
-            for rank in started:
-                try:
-                    await self._transport.inspect(rank)
-                except ConnectionError as error:
-                    raise await self._death_of(rank, error) from None
-        if scope.cancelled_caught:
-            raise StepTimeout(f"new ranks not up after {limit:g} s", timeout=limit, waiting_for=started, method="start")
-
-    async def _death_of(self, rank: int, error: Exception) -> Exception:
-        """Why a new rank's connection broke: its death, of which the transport is about to tell, or just `error`."""
-        with anyio.move_on_after(_DEATH_LIMIT):
-            await self._calls.until(lambda: rank in self._stillborn)
-        return self._stillborn.get(rank, error)
-
-    async def _take_places(self, config: ExecutorConfig) -> None:
-        """Have the ranks of `config` join each other, and their workers take their places."""
-        everybody = max(config.world_size, self._config.world_size)
-        self._calls.resize(everybody, config.max_concurrent_batches)
-        ranks = range(config.world_size)
-        await self._submit(self._start_frame(), "start", ranks, _ALL, config.timeouts.start)
-
-    async def _take_back(self, old: ExecutorConfig, started: Sequence[int], cause: Exception, *, joined: bool) -> None:
-        """Have the ranks take their old places again.
-
-        Args:
-            old: the layout in which they had these.
-            started: the ranks that go.
-            cause: why.
-            joined: whether the others may have left their places already, and must join each other again.
-        """
-        if self._failure is not None or self._state is not _State.REINITIALIZING:
-            return  # the executor has failed, or is being closed
-        try:
-            await self._transport.close(started)
-            self._calls.resize(old.world_size, old.max_concurrent_batches)
-            with anyio.fail_after(old.timeouts.start):
-                await self._transport.open(old)
-            if joined:
-                await self._take_places(old)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the ranks have no places any more
-            if self._failure is None and self._state is _State.REINITIALIZING:
-                failure = _going_back_failed(error, cause)
-                self._fail(failure, lambda call: ExecutorFailed(failure))
+    def _interrupted(self) -> AsyncExecError | None:
+        """What keeps the executor from being re-initialised."""
+        if self._failure is None and self._state is not _State.REINITIALIZING:
+            return ExecutorClosed(f"the executor {self._state.value}")
+        return self._failure
 
     def _adopt(self, config: ExecutorConfig) -> None:
         """Work with this configuration from now on."""
         self._config = config
-        self._ranks = tuple(range(config.world_size))
+        self._ranks, self._output_rank = tuple(range(config.world_size)), config.output_rank
 
     def _tell_aggregators(self, lost: int) -> None:
         for aggregator in {id(aggregator): aggregator for aggregator in self._aggregators.values()}.values():
@@ -424,12 +365,11 @@ class Driver(Executor):
     ) -> Frame:
         self._check_running()
         try:
-            payload = self._codec.encode_call(target, args, kwargs)
+            return self._codec.encode_call(target, args, kwargs)
         except ConfigError:
             raise
         except Exception as error:
             raise PayloadError(f"the arguments cannot be sent: {type(error).__name__}: {error}", method=name) from error
-        return Frame(FrameKind.CALL, method=payload.method, body=payload.body, buffers=payload.buffers)
 
     def _submit(
         self,
@@ -444,15 +384,10 @@ class Driver(Executor):
         submitted: int = 0,
     ) -> StepFuture[Any]:
         """Give a call to the window.  Raises PayloadError where it is too large, ExecutorBusy where it must wait."""
-        self._check_size(frame, method, ranks)
-        output_rank = self._config.output_rank if self._config.output_rank in ranks else ranks[0]
+        output_rank = self._output_rank if self._output_rank in ranks else ranks[0]
         return self._calls.submit(
             frame, method, ranks, output_rank, aggregator, timeout, slot=slot, ordered=ordered, submitted=submitted
         )
-
-    def _check_size(self, frame: Frame, method: str, ranks: Sequence[int]) -> None:
-        if refusal := self._transport.refusal(frame, ranks):
-            raise PayloadError(f"the arguments {refusal}", method=method)
 
     # ---------------------------------------------------------------------------------------------- observing
 
@@ -500,7 +435,7 @@ class Driver(Executor):
 
         async def fetch() -> None:
             if self._failure is None and not self._aborted:  # else the ranks have been killed
-                await self.report()
+                await self._inspect(stacks=False)
 
         return Trace(path, attach, detach, fetch)
 
@@ -512,9 +447,12 @@ class Driver(Executor):
                 logger.debug("said already, and again to who stops it", exc_info=True)
 
     async def report(self) -> Report:
+        return await self._inspect(stacks=True)
+
+    async def _inspect(self, *, stacks: bool) -> Report:
         if not self._opened:
             raise ExecutorClosed(f"the executor {self._state.value}: it has no ranks to report of")
-        report = await inspect_ranks(self._transport, self._ranks, self._config.timeouts.report)
+        report = await inspect_ranks(self._transport, self._ranks, self._config.timeouts.report, stacks=stacks)
         for observer in self._calls.observers or ():
             observer.ranks_reported(report)
         return report
@@ -542,10 +480,9 @@ class Driver(Executor):
         died = functools.partial(_worker_died, rank, loss, f"{last.method}, call {last.call_id}" if last else "none")
         if rank >= self._config.world_size:
             # it was to have a place in a new layout, without which the executor goes on
-            self._stillborn[rank] = died()
             if last is not None:
                 self._calls.fail_one(rank, last, died(last))
-            self._calls.look_again()
+            self._reinitializer.rank_died(rank, died())
             return
         self._fail(died(), died)
         self._tell_aggregators(rank)
@@ -583,13 +520,14 @@ class Driver(Executor):
             future.set_exception(error)
 
     def _check_running(self) -> None:
+        if self._failure is None and self._state is _RUNNING:
+            self._check_thread()
+            return
         if self._failure is not None:
             raise ExecutorFailed(self._failure)
         if self._state is _State.REINITIALIZING:
             raise ExecutorBusy(f"the executor {self._state.value}: await executor.slot() before submitting more")
-        if self._state is not _State.RUNNING:
-            raise ExecutorClosed(f"the executor {self._state.value}")
-        self._check_thread()
+        raise ExecutorClosed(f"the executor {self._state.value}")
 
     def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:
@@ -623,15 +561,6 @@ async def _outlast(task: asyncio.Task[None]) -> None:
             task.exception()  # whoever else waits for the task hears of it
         raise cancelled
     task.result()
-
-
-def _going_back_failed(error: Exception, cause: Exception) -> AsyncExecError:
-    failure = AsyncExecError(
-        f"re-initialising failed ({type(cause).__name__}: {cause}), and so did going back to the old layout: "
-        f"{type(error).__name__}: {error}"
-    )
-    failure.__cause__ = error
-    return failure
 
 
 def _worker_died(rank: int, loss: RankLoss, last_call: str, call: Call | None = None) -> WorkerDied:

@@ -64,7 +64,7 @@ class RankReport(msgspec.Struct, frozen=True):
         progress: counts what the rank has got done: calls begun and ended, tensors handed on, marks of the worker.
         stalled: seconds since `progress` last grew.
         waiting_in: the collective or pipeline transfer that its main thread is in; None where it is in none.
-        stacks: the Python stacks of all its threads.
+        stacks: the Python stacks of all its threads, where they were asked for.
         kernel: what the kernel says of its process, where it was asked.
         spans: of the calls traced since the report before, oldest first; see `Executor.trace`.
         clock: its CLOCK_MONOTONIC when it answered, in nanoseconds.
@@ -164,17 +164,17 @@ class Activity:
         self._progressed = self._since
         self._spans: collections.deque[RankSpan] = collections.deque(maxlen=_MAX_SPANS)
 
-    def begin(self, method: str, call_id: int) -> None:
-        """The main thread takes up a call."""
+    def begin(self, method: str, call_id: int, now: int) -> None:
+        """The main thread takes up a call; `now` is in nanoseconds of CLOCK_MONOTONIC."""
         self._thread = threading.get_ident()
         self._method, self._call_id, self._running = method, call_id, True
-        self._since = self._progressed = time.monotonic_ns()
+        self._since = self._progressed = now
         self._progress += 1
 
-    def end(self) -> None:
-        """The main thread is done with the call."""
+    def end(self, now: int) -> None:
+        """The main thread is done with the call; likewise."""
         self._running = False
-        self._since = self._progressed = time.monotonic_ns()
+        self._since = self._progressed = now
         self._progress += 1
 
     @contextlib.contextmanager
@@ -197,8 +197,14 @@ class Activity:
         """Have the next report tell of a traced call; of too many, the oldest are forgotten.  On any thread."""
         self._spans.append(span)
 
-    def report(self, rank: int, *, deferred: bool = False) -> RankReport:
-        """What the rank is doing, with the stacks of all threads of its process; `deferred`: it still owes outputs."""
+    def report(self, rank: int, *, deferred: bool = False, stacks: bool = True) -> RankReport:
+        """What the rank is doing.
+
+        Args:
+            rank: its number.
+            deferred: whether it still owes outputs.
+            stacks: whether to tell the stacks of all threads of its process.
+        """
         now = time.monotonic_ns()
         running = self._running or deferred
         return RankReport(
@@ -210,7 +216,7 @@ class Activity:
             self._progress,
             (now - self._progressed) / 1e9,
             (self._transfer or _collective(sys._current_frames().get(self._thread))) if running else None,
-            _stacks(),
+            _stacks() if stacks else "",
             spans=self._take_spans(),
             clock=now,
             boot=boot_id(),

@@ -10,7 +10,6 @@ A worker's method usually returns a value.  Two wrappers say that there is more 
 names does as well, such as vLLM's.
 """
 
-import abc
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
@@ -42,16 +41,18 @@ class IntermediateTensors(msgspec.Struct, Generic[T], frozen=True):
         return self.tensors[name]
 
 
-class DeferredOutput(abc.ABC, Generic[T]):
-    """An output whose value is not there yet.
+class DeferredOutput(Generic[T]):
+    """An output whose value is not there yet; subclass it.
 
     The rank's main thread goes on to the next call; a completion thread calls `wait()` and replies with what it
     returns, or with the error that it raises.  Deferred outputs of one rank are waited for in call order.
     """
 
-    @abc.abstractmethod
+    # no abstract base class: whether an output is one of these is asked in every step, of which ABCMeta makes much
+
     def wait(self) -> T:
         """Block until the value is there, and return it."""
+        raise NotImplementedError
 
 
 class KVConnectorOutput(msgspec.Struct, kw_only=True):

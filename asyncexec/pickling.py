@@ -7,6 +7,7 @@ Loading runs code of the sender's choice: only frames of a peer that has proven 
 one spawned or was spawned by.
 """
 
+import copyreg
 import inspect
 import io
 import pickle
@@ -27,22 +28,47 @@ from asyncexec.wire import Buffer, Buffers
 _IN_BAND_BELOW = 1024
 """Buffers smaller than this stay in the pickle: a buffer of its own costs more than the copy."""
 
+_MAIN = b"__main__"
+"""Names the module whose functions and classes another process has not, in a pickle that refers to them."""
+
 
 def dumps(value: Any) -> tuple[Buffer, Buffers]:
     """Pickle `value`: the message, and the memory to send beside it."""
-    buffers = Buffers()
+    if not cloudpickle.list_registry_pickle_by_value():
+        try:
+            message, buffers = _dump(pickle.Pickler, value)
+        except Exception:  # noqa: BLE001 - what has no name can go by value alone, which raises what there is to say
+            return _dump(_ByValue, value)
+        if _MAIN not in message:
+            return message, buffers
+    return _dump(_ByValue, value)
+
+
+def _dump(kind: type[pickle.Pickler], value: Any) -> tuple[bytes, Buffers]:
+    message, buffers = io.BytesIO(), Buffers()
+    of_tensor: pickle.PickleBuffer | None = None  # of the last one
 
     def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
         if raw.nbytes < _IN_BAND_BELOW:
             return True
-        if buffer is pickler.of_tensor:
+        if buffer is of_tensor:
             buffers.tensors.add(len(buffers))
         buffers.append(raw)
         return False
 
-    message = io.BytesIO()
-    pickler = _Pickler(message, protocol=5, buffer_callback=keep_in_band)
+    def reduce_tensor(tensor: Any) -> Any:
+        nonlocal of_tensor
+        if tensor.layout is not sys.modules["torch"].strided or tensor.is_quantized:
+            return tensor.__reduce_ex__(5)
+        dtype, shape, memory = tensor_parts(tensor)
+        of_tensor = pickle.PickleBuffer(memory)
+        return _tensor, (dtype, shape, of_tensor)
+
+    pickler = kind(message, protocol=5, buffer_callback=keep_in_band)
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    if tensor is not None:
+        pickler.dispatch_table = {**copyreg.dispatch_table, tensor: reduce_tensor}
     pickler.dump(value)
     return message.getvalue(), buffers
 
@@ -65,15 +91,15 @@ class _Bytes:
         return type(self._value), (pickle.PickleBuffer(self._value),)
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    of_tensor: pickle.PickleBuffer | None = None  # of the last one
+class _ByValue(cloudpickle.Pickler):  # type: ignore[misc]
+    """Functions and classes that have no name elsewhere by value; calls Python code for every object."""
+
+    # cloudpickle's own table of its class is what the compiled code sees, not one that is set on the pickler
+    dispatch_table: Any
 
     def reducer_override(self, obj: Any) -> Any:
-        torch = sys.modules.get("torch")
-        if torch is not None and type(obj) is torch.Tensor and obj.layout is torch.strided and not obj.is_quantized:
-            dtype, shape, memory = tensor_parts(obj)
-            self.of_tensor = pickle.PickleBuffer(memory)
-            return _tensor, (dtype, shape, self.of_tensor)
+        if type(obj) is getattr(sys.modules.get("torch"), "Tensor", None):
+            return self.dispatch_table[type(obj)](obj)
         if isinstance(obj, type) and issubclass(obj, msgspec.Struct) and not _importable(obj):
             return _struct, _struct_parts(obj)
         return super().reducer_override(obj)

@@ -6,13 +6,13 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from asyncexec.buckets import Bucket
-from asyncexec.codec import Codec, Payload
+from asyncexec.codec import Codec
 from asyncexec.errors import ConfigError, PayloadError
 from asyncexec.inspection import Activity, RankSpan
 from asyncexec.outputs import DeferredOutput, IntermediateTensors
@@ -20,6 +20,8 @@ from asyncexec.pickling import loads
 from asyncexec.transport import RankLink
 from asyncexec.wire import ALL_RANKS, Frame, FrameKind
 from asyncexec.worker import RankContext
+
+_START, _STOP, _REPLY = FrameKind.START, FrameKind.STOP, FrameKind.REPLY
 
 _BEFORE_START = 1 << 16
 """Bytes of an error that is to say why START cannot be read, and so not how large a frame may be."""
@@ -125,6 +127,7 @@ class RankRuntime:
         self._worker: Any = None
         self._codec = Codec(object)
         self._step_method = -1
+        self._stage: _Stage | None = None
         self._max_frame_bytes = _BEFORE_START
         self._replies = _ReplyQueue()
         self._activity = Activity()
@@ -135,7 +138,7 @@ class RankRuntime:
         """Take what `receive` returns until that is STOP or None, then let the worker and the link end."""
         self.begin()
         try:
-            while (frame := receive()) is not None and frame.kind is not FrameKind.STOP:
+            while (frame := receive()) is not None and frame.kind is not _STOP:
                 self.handle(frame)
                 del frame  # its memory can be used for the next one
         finally:
@@ -148,7 +151,7 @@ class RankRuntime:
 
     def handle(self, frame: Frame) -> None:
         """Run a START or a CALL on the calling thread; returns when the worker's method has."""
-        if frame.kind is FrameKind.START:
+        if frame.kind is _START:
             self._start(frame)
         else:
             self._call(frame)
@@ -162,12 +165,13 @@ class RankRuntime:
         finally:
             self._link.leave()
 
-    def _describe(self) -> bytes:
-        return msgspec.msgpack.encode(self._activity.report(self._context.rank, deferred=self._replies.busy))
+    def _describe(self, stacks: bool) -> bytes:
+        report = self._activity.report(self._context.rank, deferred=self._replies.busy, stacks=stacks)
+        return msgspec.msgpack.encode(report)
 
     def _start(self, frame: Frame) -> None:
         started = time.monotonic_ns()
-        self._activity.begin("start", frame.call_id)
+        self._activity.begin("start", frame.call_id, started)
         try:
             spec: WorkerSpec = loads(frame.body, frame.buffers)
             worker_class = load_worker_class(spec.worker)
@@ -184,7 +188,7 @@ class RankRuntime:
             reply = self._result(frame, None, started)
         except Exception as error:  # noqa: BLE001 - every failure to start is the driver's to hear of
             reply = self._error(frame, error, started)
-        self._activity.end()
+        self._activity.end(reply.ended_ns)
         self._send(reply)
 
     def _join(self) -> None:
@@ -193,6 +197,7 @@ class RankRuntime:
             self._link.leave()
         self._has_joined = True
         self._context = dataclasses.replace(self._link.join(), mark_progress=self._activity.mark)
+        self._stage = _Stage(self._link, self._context, self._activity)
 
     def _take_place(self, worker_class: type, kwargs: Mapping[str, Any]) -> None:
         """Construct the worker, or have the one that is there take its new place."""
@@ -210,13 +215,16 @@ class RankRuntime:
             return  # a duplicate, or overtaken: the worker must not run a call twice, nor calls out of order
         self._last_call = frame.call_id
         started = time.monotonic_ns()
-        is_step = frame.method == self._step_method
-        stage = _Stage(self._link, self._context, self._activity, frame.call_id) if is_step else None
+        stage = self._stage if frame.method == self._step_method else None
         method = self._codec.method_name(frame.method) or "a callable"
         span = RankSpan(frame.call_id, frame.epoch, method, started) if frame.trace else None
-        self._activity.begin(method, frame.call_id)
+        self._activity.begin(method, frame.call_id, started)
+        call: Any = None  # until the reply is sent: what large arguments are made of takes time to free
         try:
-            output = self._run(frame, stage, span)
+            call = self._codec.decode_call(frame)
+            if span is not None:
+                span.began = time.monotonic_ns()
+            output = self._run(stage, frame.call_id, *call)
         except _EarlierStageFailed:
             owed = self._wanted(frame) or frame.acknowledge
             reply = _answer(FrameKind.SKIPPED, frame, started) if owed else None
@@ -228,25 +236,33 @@ class RankRuntime:
                 reply = span = None
             else:
                 reply = self._reply(frame, output, started)
+        ended = time.monotonic_ns() if reply is None else reply.ended_ns
         if span is not None:
-            span.ended = time.monotonic_ns() if reply is None else reply.ended_ns
-        self._activity.end()  # before the reply: who has it may ask at once what the rank is doing
-        self._answer_with(reply, span)
+            span.ended = ended
+        self._activity.end(ended)  # before the reply: who has it may ask at once what the rank is doing
+        if reply is not None:
+            self._send(reply, span)
+        elif span is not None:
+            self._activity.keep(span)
         if stage is not None:
-            stage.release_next()
+            stage.release_next(frame.call_id)
 
-    def _run(self, frame: Frame, stage: "_Stage | None", span: RankSpan | None) -> Any:
-        """Decode the call, and run it; returns its output."""
-        call = self._codec.decode_call(Payload(frame.method, frame.body, frame.buffers))
-        if span is not None:
-            span.began = time.monotonic_ns()
+    def _run(
+        self,
+        stage: "_Stage | None",
+        call_id: int,
+        target: str | Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run a call; returns its output."""
         if stage is not None:
-            return stage.run(self._worker.execute_model, *call.args, **call.kwargs)
-        if isinstance(call.target, Bucket):
-            return call.target(self._worker, self._link.read_staged)
-        if callable(call.target):
-            return call.target(self._worker, *call.args, **call.kwargs)
-        return getattr(self._worker, call.target)(*call.args, **call.kwargs)
+            return stage.run(call_id, self._worker.execute_model, *args, **kwargs)
+        if isinstance(target, Bucket):
+            return target(self._worker, self._link.read_staged)
+        if callable(target):
+            return target(self._worker, *args, **kwargs)
+        return getattr(self._worker, target)(*args, **kwargs)
 
     def _wanted(self, frame: Frame) -> bool:
         return frame.reply_to in (ALL_RANKS, self._context.rank)
@@ -281,9 +297,9 @@ class RankRuntime:
         return _answer(FrameKind.DONE, frame, started) if frame.acknowledge else None
 
     def _result(self, frame: Frame, value: Any, started: int) -> Frame:
-        reply = _answer(FrameKind.REPLY, frame, started)
+        reply = _answer(_REPLY, frame, started)
         try:
-            _, reply.body, reply.buffers = self._codec.encode_result(frame.method, value)
+            self._codec.encode_result(reply, value)
             if refusal := reply.refusal(self._max_frame_bytes):
                 raise PayloadError(f"the results {refusal}")
         except Exception as error:  # noqa: BLE001 - encoding runs code of the worker's author, which may raise anything
@@ -295,13 +311,6 @@ class RankRuntime:
         failure = RemoteFailure.of(error).within(self._max_frame_bytes - _LONGEST_NAME - _ERROR_OVERHEAD)
         reply.body = msgspec.msgpack.encode(failure)
         return reply
-
-    def _answer_with(self, reply: Frame | None, span: RankSpan | None) -> None:
-        """Send what is owed, if anything is, or only keep note of the call."""
-        if reply is not None:
-            self._send(reply, span)
-        elif span is not None:
-            self._activity.keep(span)
 
     def _send(self, reply: Frame, span: RankSpan | None = None) -> None:
         """Send a reply behind those that are still waited for."""
@@ -335,40 +344,40 @@ class _EarlierStageFailed(Exception):
 
 
 class _Stage:
-    """One step on one pipeline stage: tensors in, the worker, tensors out."""
+    """The steps on one pipeline stage: tensors in, the worker, tensors out."""
 
-    def __init__(self, link: RankLink, context: RankContext, activity: Activity, call_id: int) -> None:
+    def __init__(self, link: RankLink, context: RankContext, activity: Activity) -> None:
         self._link = link
         self._activity = activity
-        self._context = context
-        self._call_id = call_id
-        self._next_waits = not context.is_last_stage
+        self._number = context.pipeline_parallel_rank
+        self._is_first, self._is_last = context.is_first_stage, context.is_last_stage
+        self._handed_on = 0
 
-    def run(self, execute_model: Callable[[Any, Any], Any], scheduler_output: Any) -> Any:
+    def run(self, call_id: int, execute_model: Callable[[Any, Any], Any], scheduler_output: Any) -> Any:
         intermediate = None
-        if not self._context.is_first_stage:
+        if not self._is_first:
             with self._activity.transfer("receive_intermediate, from the previous pipeline stage"):
-                tensors = self._link.receive_intermediate(self._call_id)
+                tensors = self._link.receive_intermediate(call_id)
             if tensors is None:
                 raise _EarlierStageFailed
             intermediate = IntermediateTensors[Any](tensors)
         output = execute_model(scheduler_output, intermediate)
-        if self._context.is_last_stage:
+        if self._is_last:
             return output
         if not isinstance(output, IntermediateTensors):
             raise TypeError(
-                f"execute_model of pipeline stage {self._context.pipeline_parallel_rank} returned "
-                f"{type(output).__qualname__}; every stage but the last returns IntermediateTensors"
+                f"execute_model of pipeline stage {self._number} returned {type(output).__qualname__}; "
+                "every stage but the last returns IntermediateTensors"
             )
         with self._activity.transfer("send_intermediate, to the next pipeline stage"):
-            self._link.send_intermediate(self._call_id, output.tensors, output.replicated)
-        self._next_waits = False
+            self._link.send_intermediate(call_id, output.tensors, output.replicated)
+        self._handed_on = call_id
         return output.output
 
-    def release_next(self) -> None:
-        """Tell the next stage that nothing will come, unless something came."""
-        if self._next_waits:
-            self._link.send_intermediate(self._call_id, None)
+    def release_next(self, call_id: int) -> None:
+        """Tell the next stage that nothing will come for this step, unless something came."""
+        if self._handed_on != call_id and not self._is_last:
+            self._link.send_intermediate(call_id, None)
 
 
 class _ReplyQueue:

@@ -8,26 +8,12 @@ from typing import Any
 import msgspec
 
 from asyncexec.aggregate import Aggregator
-from asyncexec.codec import Codec, Payload
+from asyncexec.codec import Codec
 from asyncexec.errors import AggregationError, CallError, PayloadError
 from asyncexec.future import StepFuture, StepTiming
 from asyncexec.observing import CallRecord, RankReply
 from asyncexec.window import Call
 from asyncexec.wire import Frame
-
-
-class Reply(msgspec.Struct, frozen=True, eq=False):
-    """One rank's reply, with times in nanoseconds of CLOCK_MONOTONIC.
-
-    Attributes:
-        frame: as received.
-        received: when the driver had read it.
-        rank_free: when the rank had ended the call before this one.
-    """
-
-    frame: Frame
-    received: int
-    rank_free: int
 
 
 class Submission(msgspec.Struct, eq=False):
@@ -43,7 +29,9 @@ class Submission(msgspec.Struct, eq=False):
         partial: the aggregator's own, what has been merged so far.
         output: of `output_rank`, once it is there.
         error: the first error of decoding or merging.
-        last: the reply that came last.
+        last: the reply that came last,
+        received: when the driver had read it, and
+        rank_free: when its rank had ended the call before, both in nanoseconds of CLOCK_MONOTONIC.
         record: for observers, if there are any.
     """
 
@@ -59,7 +47,9 @@ class Submission(msgspec.Struct, eq=False):
     partial: Any = None
     output: Any = None
     error: CallError | None = None
-    last: Reply | None = None
+    last: Frame | None = None
+    received: int = 0
+    rank_free: int = 0
     record: CallRecord | None = None
 
     def begin(self, call: Call) -> None:
@@ -72,13 +62,13 @@ class Submission(msgspec.Struct, eq=False):
         except Exception as cause:  # noqa: BLE001 - an aggregator may be anybody's code, and raise anything
             self.error = _error(AggregationError, "the aggregator raised", call, cause)
 
-    def take(self, call: Call, rank: int, reply: Reply, codec: Codec) -> None:
+    def take(self, call: Call, rank: int, reply: Frame, rank_free: int, codec: Codec) -> None:
         """Decode a rank's output, and merge it with those that are there."""
-        self.last, frame = reply, reply.frame
+        self.last, self.received, self.rank_free = reply, time.monotonic_ns(), rank_free
         if self.record is not None:
-            self.record.replies.append(RankReply(rank, frame.started_ns, frame.ended_ns, reply.received))
+            self.record.replies.append(RankReply(rank, reply.started_ns, reply.ended_ns, self.received))
         try:
-            output = codec.decode_result(Payload(frame.method, frame.body, frame.buffers))
+            output = codec.decode_result(reply)
         except Exception as cause:  # noqa: BLE001 - decoding runs code of the worker's author, which may raise anything
             self.error = self.error or _error(PayloadError, "the result cannot be decoded", call, cause)
             return
@@ -106,9 +96,20 @@ class Submission(msgspec.Struct, eq=False):
             self.future.set_exception(self.error)
         elif (last := self.last) is not None:
             # numbers alone: a reference to this submission would tie it and its future into a cycle
-            marks = (self.submitted, self.encoded, self.send_began, self.send_ended)
-            remote = (last.rank_free, last.frame.started_ns, last.frame.ended_ns, last.received)
-            self.future.set_result(result, functools.partial(_timing, *marks, *remote, decoded, time.monotonic_ns()))
+            measure = functools.partial(
+                _timing,
+                self.submitted,
+                self.encoded,
+                self.send_began,
+                self.send_ended,
+                self.rank_free,
+                last.started_ns,
+                last.ended_ns,
+                self.received,
+                decoded,
+                time.monotonic_ns(),
+            )
+            self.future.set_result(result, measure)
 
 
 def _timing(

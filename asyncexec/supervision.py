@@ -13,7 +13,7 @@ from asyncexec.transport import KernelState, Transport
 _WITHOUT_AN_ANSWER: dict[str, RankState] = {"running": "silent", "stopped": "stopped", "dead": "dead"}
 
 
-async def inspect_ranks(transport: Transport, ranks: Sequence[int], limit: float) -> Report:
+async def inspect_ranks(transport: Transport, ranks: Sequence[int], limit: float, *, stacks: bool = True) -> Report:
     """Ask every rank at once; of one that does not answer within `limit` seconds, tell what the kernel says."""
     reports: dict[int, RankReport] = {}
 
@@ -21,7 +21,7 @@ async def inspect_ranks(transport: Transport, ranks: Sequence[int], limit: float
         try:
             with anyio.move_on_after(limit):
                 asked = time.monotonic_ns()
-                answer = await transport.inspect(rank)
+                answer = await transport.inspect(rank, stacks)
                 reports[rank] = _on_our_clock(msgspec.msgpack.decode(answer, type=RankReport), asked)
         except (ConnectionError, msgspec.DecodeError):
             pass  # it is gone, or could not say: the kernel knows something

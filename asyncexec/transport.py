@@ -116,8 +116,12 @@ class Transport(abc.ABC):
         return None
 
     @abc.abstractmethod
-    async def inspect(self, rank: int) -> Buffer:
+    async def inspect(self, rank: int, stacks: bool) -> Buffer:
         """Ask a rank's side thread what the rank is doing; waits for the answer, for as long as that takes.
+
+        Args:
+            rank: which.
+            stacks: whether it also tells the stacks of its threads, which takes longer.
 
         Raises ConnectionError where the rank is gone.
         """
@@ -156,8 +160,8 @@ class RankLink(abc.ABC):
         """
 
     @abc.abstractmethod
-    def answer_inspections(self, describe: Callable[[], bytes]) -> None:
-        """From now on have `describe` called whenever the driver inspects this rank, beside the main thread."""
+    def answer_inspections(self, describe: Callable[[bool], bytes]) -> None:
+        """From now on have `describe(stacks)` called whenever the driver inspects this rank, beside the main thread."""
 
     @abc.abstractmethod
     def send_intermediate(

@@ -18,7 +18,6 @@ The rules:
 """
 
 import collections
-import enum
 import heapq
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -26,14 +25,6 @@ from typing import Any, TypeAlias
 import msgspec
 
 from asyncexec.errors import AsyncExecError, CallError, ExecutorBusy, ReplyLost, StepTimeout
-
-
-class CallState(enum.Enum):
-    """Where a call is."""
-
-    QUEUED = "queued"
-    SENT = "sent"
-    SETTLED = "settled"
 
 
 class Call(msgspec.Struct, eq=False):
@@ -50,6 +41,8 @@ class Call(msgspec.Struct, eq=False):
         content: the caller's own; the window does not look at it.
         call_id: counted from 1 by the window.
         epoch: which set of ranks it was sent to.
+        was_sent: whether it has been; before that it waits, unless it is settled.
+        settled: nothing is owed any more, or it will never be sent.
         taken: how many of the wanted outputs are there.
         owing: the ranks whose reply is still to come.
         error: the first error of a rank; later ones are in its `others`.
@@ -66,13 +59,13 @@ class Call(msgspec.Struct, eq=False):
     acknowledging: Sequence[int] = ()
     call_id: int = 0
     epoch: int = 0
-    state: CallState = CallState.QUEUED
+    was_sent: bool = False
+    settled: bool = False
     taken: int = 0
     owing: set[int] = set()
     error: CallError | None = None
     skipped: bool = False
     answered: bool = False
-    was_sent: bool = False
 
     @property
     def has_outputs(self) -> bool:
@@ -175,7 +168,7 @@ class Window:
 
     def last_sent(self, rank: int) -> Call | None:
         """The latest call that was sent to `rank` and is not done; None where there is none."""
-        sent = (call for call in self._open.values() if call.state is CallState.SENT and rank in call.ranks)
+        sent = (call for call in self._open.values() if call.was_sent and not call.settled and rank in call.ranks)
         return max(sent, key=lambda call: call.call_id, default=None)
 
     def submit(self, call: Call, now: float) -> list[Decision]:
@@ -198,11 +191,12 @@ class Window:
             self._ordered.append(call)
         if call.timeout is not None:
             heapq.heappush(self._deadlines, (now + call.timeout, call.call_id))
-        return self._pump()
+        return self._pump([])
 
     def replied(self, rank: int, call_id: int, epoch: int, output: Any) -> list[Decision]:
         """`rank` sent its output."""
-        decisions, call = self._received(rank, call_id, epoch)
+        decisions: list[Decision] = []
+        call = self._received(rank, call_id, epoch, decisions)
         if call is None or rank not in call.owing or rank not in call.wanted:
             self.counters.late += call is not None
             return decisions
@@ -213,7 +207,8 @@ class Window:
 
     def acknowledged(self, rank: int, call_id: int, epoch: int) -> list[Decision]:
         """`rank` is done with the call; its output was not wanted."""
-        decisions, call = self._received(rank, call_id, epoch)
+        decisions: list[Decision] = []
+        call = self._received(rank, call_id, epoch, decisions)
         if call is None or rank not in call.owing or rank in call.wanted:
             self.counters.late += call is not None
             return decisions
@@ -222,7 +217,8 @@ class Window:
 
     def skipped(self, rank: int, call_id: int, epoch: int) -> list[Decision]:
         """`rank` could not run the call, because a rank of an earlier pipeline stage failed and says why itself."""
-        decisions, call = self._received(rank, call_id, epoch)
+        decisions: list[Decision] = []
+        call = self._received(rank, call_id, epoch, decisions)
         if call is None or rank not in call.owing:
             self.counters.late += call is not None
             return decisions
@@ -232,7 +228,8 @@ class Window:
 
     def errored(self, rank: int, call_id: int, epoch: int, error: CallError) -> list[Decision]:
         """`rank` raised `error`, whether or not it owed an output."""
-        decisions, call = self._received(rank, call_id, epoch)
+        decisions: list[Decision] = []
+        call = self._received(rank, call_id, epoch, decisions)
         if call is None:
             return decisions
         call.owing.discard(rank)
@@ -246,13 +243,13 @@ class Window:
             call = self._open[heapq.heappop(self._deadlines)[1]]
             if not call.answered:
                 decisions.append(self._answer(call, _timeout_error(call)))
-            if call.state is CallState.QUEUED:
+            if not call.was_sent:
                 self._queue.remove(call)
                 self._waiting_for_slot -= call.slot
-                decisions += self._settle(call)
-            elif call.state is CallState.SENT and not call.owing:
-                decisions += self._settle(call)  # it was skipped, and why never became known
-        return decisions + self._pump()
+                self._settle(call, decisions)
+            elif not call.settled and not call.owing:
+                self._settle(call, decisions)  # it was skipped, and why never became known
+        return self._pump(decisions)
 
     def fail(self, error_for: Callable[[Call], AsyncExecError]) -> list[Decision]:
         """Forget all calls, for their ranks are gone, and begin a new epoch.
@@ -262,11 +259,11 @@ class Window:
         """
         decisions: list[Decision] = []
         for call in self._open.values():
-            if not (call.state is CallState.SETTLED and call.has_outputs) and not call.answered:
+            if not (call.settled and call.has_outputs) and not call.answered:
                 decisions.append(self._answer(call, error_for(call)))
             if call.was_sent:
                 decisions.append(Complete(call))
-            call.state = CallState.SETTLED
+            call.settled = True
         self.epoch += 1
         self._running = self._waiting_for_slot = 0
         self._open.clear()
@@ -290,39 +287,37 @@ class Window:
         self._owed += [collections.deque() for _ in range(world_size - len(self._owed))]
         return decisions
 
-    def _pump(self) -> list[Decision]:
-        """Send from the head of the queue as long as slots allow."""
-        decisions: list[Decision] = []
+    def _pump(self, decisions: list[Decision]) -> list[Decision]:
+        """Send from the head of the queue as long as slots allow; returns the decisions with what follows."""
         while self._queue and not (self._queue[0].slot and self._running >= self._slots):
             call = self._queue.popleft()
             self._waiting_for_slot -= call.slot
             self._running += call.slot
-            call.state, call.was_sent = CallState.SENT, True
+            call.was_sent = True
             for ranks in (call.wanted, call.acknowledging):
                 call.owing.update(ranks)
                 for rank in ranks:
                     self._owed[rank].append(call.call_id)
             decisions.append(Send(call))
             if not call.owing:  # nobody is to answer it
-                decisions += self._settle(call)
+                self._settle(call, decisions)
         return decisions
 
-    def _received(self, rank: int, call_id: int, epoch: int) -> tuple[list[Decision], Call | None]:
+    def _received(self, rank: int, call_id: int, epoch: int, decisions: list[Decision]) -> Call | None:
         """Fail what this reply proves lost; returns the call that it is for, None where it comes too late."""
         if epoch != self.epoch:
             self.counters.wrong_epoch += 1
-            return [], None
+            return None
         call = self._open.get(call_id)
-        if call is None or call.state is not CallState.SENT or rank not in call.ranks:
+        if call is None or not call.was_sent or call.settled or rank not in call.ranks:
             self.counters.late += 1
-            return [], None
-        decisions: list[Decision] = []
+            return None
         owed = self._owed[rank]
         while owed and owed[0] < call_id:
             decisions += self._lost(self._open[owed.popleft()], rank)
         if owed and owed[0] == call_id:
             owed.popleft()
-        return decisions, call
+        return call
 
     def _lost(self, call: Call, rank: int) -> list[Decision]:
         self.counters.lost += 1
@@ -347,30 +342,28 @@ class Window:
         """Settle the call if nothing is owed; a skipped one is owed the error that explains it, until its deadline."""
         if call.owing or (call.skipped and not call.answered):
             return decisions
-        return decisions + self._settle(call) + self._pump()
+        self._settle(call, decisions)
+        return self._pump(decisions)
 
-    def _settle(self, call: Call) -> list[Decision]:
+    def _settle(self, call: Call, decisions: list[Decision]) -> None:
         """The ranks are done with the call; it completes now, or when the ordered calls before it are settled too."""
-        if call.state is CallState.SENT:
+        if call.was_sent:
             self._running -= call.slot
-        call.state = CallState.SETTLED
-        if not call.ordered:
-            return self._finish(call)
-        decisions: list[Decision] = []
-        while self._ordered and self._ordered[0].state is CallState.SETTLED:
-            decisions += self._finish(self._ordered.popleft())
-        return decisions
-
-    def _finish(self, call: Call) -> list[Decision]:
-        del self._open[call.call_id]
-        return [Complete(call)] if call.was_sent else []
+        call.settled = True
+        ended = [] if call.ordered else [call]
+        while self._ordered and self._ordered[0].settled:
+            ended.append(self._ordered.popleft())
+        for done in ended:
+            del self._open[done.call_id]
+            if done.was_sent:
+                decisions.append(Complete(done))
 
 
 def _timeout_error(call: Call) -> StepTimeout:
     waiting = sorted(call.owing)
     if waiting:
         reason = f"ranks {waiting} had not answered"
-    elif call.state is CallState.QUEUED:
+    elif not call.was_sent:
         reason = "it was still waiting to be sent"
     else:
         reason = "its ranks had answered, but those of a call before it had not"

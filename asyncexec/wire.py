@@ -63,7 +63,7 @@ class FrameKind(enum.IntEnum):
     SKIPPED = 6
     """Rank to driver: not run, because an earlier pipeline stage of the same call failed and reports why."""
     INSPECT = 7
-    """Driver to a rank's side thread: what is the rank doing?"""
+    """Driver to a rank's side thread: what is the rank doing?  With a body, tell the stacks of its threads too."""
     REPORT = 8
     """A rank's side thread to the driver: this."""
     DONE = 9
@@ -107,15 +107,19 @@ class Frame(msgspec.Struct, eq=False):
     @property
     def size(self) -> int:
         """Bytes of body and buffers together."""
-        return len(self.body) + sum(memoryview(buffer).nbytes for buffer in self.buffers)
+        size = len(self.body)
+        for buffer in self.buffers:
+            size += memoryview(buffer).nbytes
+        return size
 
     def refusal(self, max_frame_bytes: int) -> str | None:
         """Why the other side would refuse this frame, by its size or its number of buffers; None if it would not."""
-        size = self.size + 8 * len(self.buffers)
+        count = len(self.buffers)
+        size = self.size + 8 * count
         if size > max_frame_bytes:
             return f"are {size} bytes; max_frame_bytes is {max_frame_bytes}"
-        if len(self.buffers) > MAX_BUFFERS:
-            return f"have {len(self.buffers)} arrays, tensors or byte strings; at most {MAX_BUFFERS} are allowed"
+        if count > MAX_BUFFERS:
+            return f"have {count} arrays, tensors or byte strings; at most {MAX_BUFFERS} are allowed"
         if len(self.body) >= 1 << 32:
             return f"have {len(self.body)} bytes beside arrays and tensors; at most {(1 << 32) - 1} are allowed"
         return None
@@ -162,7 +166,6 @@ class FrameParser:
         self._large = memoryview(b"")
         self._section = HEADER_SIZE
         self._frame: Frame | None = None
-        self._body_size: int | None = None
         self._buffer_count = 0
         self._lengths: tuple[int, ...] = ()
         self._buffers: list[Buffer] = []
@@ -182,11 +185,10 @@ class FrameParser:
         if self._rest:
             data = self._rest + data
             self._rest = b""
-        at = 0
-        while len(data) - at >= self._section:
-            section = data[at : at + self._section]
-            at += self._section
-            self._take(section)
+        at, end = 0, self._section
+        while end <= len(data):
+            self._take(data[at:end])
+            at, end = end, end + self._section
         if at == len(data):
             return
         if self._section < _LARGE:
@@ -208,65 +210,58 @@ class FrameParser:
             self._take(whole)
 
     def _take(self, section: Buffer) -> None:
-        """Use a whole section: header, body with lengths, or one buffer."""
+        """Use a whole section: header, body with lengths, or one buffer.  Gives the frame out where it ends it."""
         frame = self._frame
         if frame is None:
-            self._take_header(section)
-        elif self._body_size is not None:
-            self._take_body(frame, self._body_size, section)
-        else:
-            self._buffers.append(section if isinstance(section, memoryview) else bytearray(section))
-        self._advance()
-
-    def _take_header(self, section: Buffer) -> None:
-        magic, version, kind, method, flags, body, buffers, call_id, epoch, reply_to, started, ended = _HEADER.unpack(
-            section
-        )
-        if magic != MAGIC:
-            raise WireError(f"not a frame: it begins with 0x{magic:04x}, a frame with 0x{MAGIC:04x}")
-        if version != VERSION:
-            raise WireError(f"the frame is of wire version {version}; this side speaks version {VERSION}")
-        if kind not in _KINDS:
-            raise WireError(
-                f"unknown frame kind {kind}; valid: {', '.join(f'{k} {v.name}' for k, v in _KINDS.items())}"
+            magic, version, kind, method, flags, body, count, call_id, epoch, reply_to, started, ended = _HEADER.unpack(
+                section
             )
-        if buffers > MAX_BUFFERS:
-            raise WireError(f"the frame announces {buffers} buffers; at most {MAX_BUFFERS} are allowed")
-        self._refuse_oversize(body + 8 * buffers)
-        self._body_size = body
-        self._buffer_count = buffers
-        self._frame = Frame(_KINDS[kind], call_id, epoch, method, reply_to, started, ended)
-        if flags:
-            self._frame.acknowledge, self._frame.trace = bool(flags & 1), bool(flags & 2)
-
-    def _take_body(self, frame: Frame, body_size: int, section: Buffer) -> None:
-        if self._buffer_count:
-            self._lengths = struct.unpack(f"<{self._buffer_count}Q", section[body_size:])
-            self._refuse_oversize(body_size + sum(self._lengths))
-            section = section[:body_size]
-        frame.body = section
-        self._body_size = None
-
-    def _advance(self) -> None:
-        """Set up the next section that has bytes, or give the frame out when there is none."""
-        frame = self._frame
-        if frame is None:
-            return
-        if self._body_size is not None:
-            self._section = self._body_size + 8 * self._buffer_count
-            if self._section:
+            announced = body + 8 * count
+            if magic != MAGIC or version != VERSION or kind not in _KINDS or count > MAX_BUFFERS:
+                raise WireError(_refusal(magic, version, kind, count))
+            if announced > self._max_frame_bytes:
+                raise WireError(self._oversize(announced))
+            frame = Frame(_KINDS[kind], call_id, epoch, method, reply_to, started, ended)
+            if flags:
+                frame.acknowledge, frame.trace = bool(flags & 1), bool(flags & 2)
+            if announced:
+                self._frame, self._section, self._buffer_count = frame, announced, count
                 return
-            self._body_size = None
-        if self._lengths:
-            while len(self._buffers) < len(self._lengths):
-                self._section = self._lengths[len(self._buffers)]
-                if self._section:
-                    return
-                self._buffers.append(b"")
-            frame.buffers, self._buffers, self._lengths = tuple(self._buffers), [], ()
+        elif not self._buffer_count:
+            frame.body = section
+        elif not self._take_part(frame, section):
+            return
         self._frame, self._section = None, HEADER_SIZE
         self._on_frame(frame)
 
-    def _refuse_oversize(self, size: int) -> None:
-        if size > self._max_frame_bytes:
-            raise WireError(f"the frame announces {size} bytes; max_frame_bytes is {self._max_frame_bytes}")
+    def _take_part(self, frame: Frame, section: Buffer) -> bool:
+        """Use the body with the lengths, or a buffer; returns whether it was the frame's last part that has bytes."""
+        if not self._lengths:
+            body = len(section) - 8 * self._buffer_count
+            self._lengths = struct.unpack(f"<{self._buffer_count}Q", section[body:])
+            if (announced := body + sum(self._lengths)) > self._max_frame_bytes:
+                raise WireError(self._oversize(announced))
+            frame.body = section[:body]
+        else:
+            self._buffers.append(section if isinstance(section, memoryview) else bytearray(section))
+        while len(self._buffers) < len(self._lengths):
+            self._section = self._lengths[len(self._buffers)]
+            if self._section:
+                return False
+            self._buffers.append(b"")
+        frame.buffers, self._buffers, self._lengths = tuple(self._buffers), [], ()
+        return True
+
+    def _oversize(self, size: int) -> str:
+        return f"the frame announces {size} bytes; max_frame_bytes is {self._max_frame_bytes}"
+
+
+def _refusal(magic: int, version: int, kind: int, buffers: int) -> str:
+    """What is wrong with a header."""
+    if magic != MAGIC:
+        return f"not a frame: it begins with 0x{magic:04x}, a frame with 0x{MAGIC:04x}"
+    if version != VERSION:
+        return f"the frame is of wire version {version}; this side speaks version {VERSION}"
+    if kind not in _KINDS:
+        return f"unknown frame kind {kind}; valid: {', '.join(f'{k} {v.name}' for k, v in _KINDS.items())}"
+    return f"the frame announces {buffers} buffers; at most {MAX_BUFFERS} are allowed"

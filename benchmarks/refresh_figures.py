@@ -1,4 +1,4 @@
-"""Puts the tables of a result file into docs/benchmarks.md: `python benchmarks/refresh_figures.py`."""
+"""Puts the tables of result files into docs/benchmarks.md: `python benchmarks/refresh_figures.py`."""
 
 import io
 import re
@@ -11,25 +11,29 @@ from asyncexec.bench.results import Results
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
-RESULTS = ROOT / "benchmarks" / "results" / "quick-2-cores.jsonl"
+
+_BLOCK = re.compile(r"(^From `(\S+)`:\n\n```text\n).*?(```\n)", re.DOTALL | re.MULTILINE)
+"""Where figures go: a line that names their file, and a block of text."""
 
 
-def refreshed(page: str, path: Path) -> str:
-    """The page with the block of figures as `asyncexec bench --show` prints the file.
+def refreshed(page: str) -> str:
+    """The page, each of whose blocks of figures is what `asyncexec bench --show` prints of its file.
 
     Raises:
         ValueError: the page has no block of figures.
+        ConfigError: a file that it names is not there.
     """
-    written = io.StringIO()
-    command.show(Results.read(path), Console(width=command.WIDTH, file=written, highlight=False))
-    figures = "\n".join(line.rstrip() for line in written.getvalue().splitlines())
-    changed, count = re.subn(
-        r"```text\nsuite .*?\n```\n", lambda _: f"```text\n{figures}\n```\n", page, flags=re.DOTALL
-    )
-    if count != 1:
-        raise ValueError("the page has no block of figures: one of text that begins with 'suite'")
+    changed, count = _BLOCK.subn(lambda block: f"{block[1]}{_shown(ROOT / block[2])}\n{block[3]}", page)
+    if count == 0:
+        raise ValueError("the page has no block of figures: a line 'From `FILE`:' and one of text")
     return changed
 
 
+def _shown(path: Path) -> str:
+    written = io.StringIO()
+    command.show(Results.read(path), Console(width=command.WIDTH, file=written, highlight=False))
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
+
+
 if __name__ == "__main__":
-    PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+    PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

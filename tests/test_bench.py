@@ -1,5 +1,6 @@
 """`asyncexec bench`: what samples show, what is kept of them, and one small run."""
 
+import dataclasses
 import importlib.util
 import io
 import re
@@ -16,6 +17,7 @@ from rich.console import Console
 from asyncexec import ConfigError, cli
 from asyncexec.bench import command, suites
 from asyncexec.bench.case import Point, Samples
+from asyncexec.bench.cases import CASES
 from asyncexec.bench.figures import carried, slopes
 from asyncexec.bench.harness import Harness
 from asyncexec.bench.host import Host, PeerFailed
@@ -24,7 +26,7 @@ from asyncexec.bench.ratios import quantile, ratio_of_medians
 from asyncexec.bench.report import PLOTS, html_report
 from asyncexec.bench.results import Failure, Header, Line, Results, Turn, Writer
 from asyncexec.bench.suites import Part
-from asyncexec.bench.tables import comparison, summary
+from asyncexec.bench.tables import comparison, left_out, summary
 
 ROOT = Path(__file__).parents[1]
 HEADER = Header("2026-01-01T00:00:00Z", "quick", "abc", {"cores": "2"}, {"python": "3.11"}, [], {"zeromq": "missing"})
@@ -185,6 +187,60 @@ def test_a_small_run_of_two_peers(
     assert "1.00 [1.00, 1.00]" in capsys.readouterr().out
 
 
+def test_pipelines_aggregation_and_the_demo_are_cases_too(tmp_path: Path) -> None:
+    parts = [
+        Part("overlap", (Point(2, in_flight=2),), 1, 5),
+        Part("aggregation", (Point(3, requests=2),), 1, 10),
+        Part("demo", (Point(1, requests=2, in_flight=2),), 1, 5),
+    ]
+    lines: list[Line] = []
+    peers = {name: load_peer(name) for name in ("count", "floor", "nccl", "kv-aggregator")}
+    Harness(parts, peers, lines.append, lambda what, behind: None).run()
+    turns = [line for line in lines if isinstance(line, Turn)]
+    assert len(turns) == len(lines), lines
+    measured = {(turn.case, turn.peer): turn.samples for turn in turns}
+    assert list(measured) == [
+        ("overlap", "nccl"),
+        ("aggregation", "count"),
+        ("aggregation", "kv-aggregator"),
+        ("demo", "nccl"),
+    ]
+    # of 5 steps the least is 0.6, and 1 is what there would be without any overlap
+    assert measured["overlap", "nccl"]["overlap_ratio"][0] < 0.9
+    assert measured["demo", "nccl"]["tokens_per_s"][0] > 0
+    assert len(measured["demo", "nccl"]["latency_us"]) >= 5
+    text = text_of(*summary(Results(HEADER, turns, [])))
+    assert "tokens/s / nccl's [95%]" in text
+    assert "us / count's [95%]" in text
+    assert f"{measured['overlap', 'nccl']['overlap_ratio'][0]:.3f}" in text
+    assert re.search(r"nccl +[0-9]+ +1\.00 +[0-9]+ +[0-9]+", text), "one round has no interval"
+    assert html_report(Results(HEADER, turns, [])).count("<svg") == 3
+
+
+@pytest.mark.parametrize("name", ["count", "kv-aggregator"])
+def test_aggregators_count_what_all_ranks_have_finished(name: str) -> None:
+    reports = [[{"a", "b"}, {"a"}], [set(), {"b", "c"}], [{"d"}, {"d"}]]
+    merge = getattr(load_peer(name)(2), CASES["aggregation"].needs)(reports)
+    assert merge() == 3
+
+
+def test_a_case_that_lacks_packages_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = dataclasses.replace(CASES["demo"], packages={"no_such_package": "pip install 'asyncexec[demo]'"})
+    monkeypatch.setitem(CASES, "demo", lacking)
+    parts = [Part("demo", (Point(1),), 1, 1), Part("idle", (Point(1),), 1, 1)]
+    kept, missing = command.able(parts)
+    assert kept == parts[1:]
+    assert missing == {"case demo": "no_such_package is not installed: pip install 'asyncexec[demo]'"}
+    with pytest.raises(ConfigError, match="case demo cannot be measured: no_such_package is not installed"):
+        command.able(parts[:1])
+
+
+def test_what_was_left_out_for_one_reason_is_one_line() -> None:
+    missing = {"vllm-mp": "no vllm", "zeromq": "no pyzmq", "vllm-ray": "no vllm"}
+    results = Results(replace(HEADER, not_measured=missing), [], [])
+    assert left_out(results) == ["not measured: vllm-mp, vllm-ray: no vllm", "not measured: zeromq: no pyzmq"]
+
+
 def test_a_peer_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(PeerFailed, match=r"^ConfigError: .*local.*$"):
         Host("local", 2, keeps_running=True)
@@ -217,7 +273,10 @@ def test_a_missing_peer_is_named_with_what_to_install(monkeypatch: pytest.Monkey
     [
         (["--suite", "slow"], "asyncexec bench: argument --suite: invalid choice: 'slow'"),
         (["--peers", "pigeon"], "asyncexec bench: no peer 'pigeon'; valid: floor, floor-codec, memcpy, local, nccl"),
-        (["--cases", "colour"], "asyncexec bench: no case 'colour'; valid: steps, rpc, idle, life, failure"),
+        (
+            ["--cases", "colour"],
+            "asyncexec bench: no case 'colour'; valid: steps, rpc, idle, life, failure, overlap, aggr",
+        ),
         (["--show", "/nowhere"], "asyncexec bench: /nowhere: No such file or directory"),
         (["--compare", __file__, __file__], f"asyncexec bench: {__file__}: not a result file: "),
         (["--compare", "one"], "asyncexec bench: argument --compare: expected 2 arguments"),
@@ -243,8 +302,9 @@ def test_what_is_wrong_is_said_in_one_line(
 
 def test_the_figures_in_the_documentation_are_those_of_the_results() -> None:
     page = refresh_figures.PAGE.read_text(encoding="utf-8")
-    assert f"`{refresh_figures.RESULTS.relative_to(ROOT)}`" in page
-    assert refresh_figures.refreshed(page, refresh_figures.RESULTS) == page
+    assert refresh_figures.refreshed(page) == page
+    with pytest.raises(ValueError, match="no block of figures"):
+        refresh_figures.refreshed("no figures")
 
 
 def test_every_peer_and_case_of_a_suite_is_there() -> None:
@@ -292,6 +352,15 @@ def test_the_report_is_one_file_with_a_plot_for_what_was_measured() -> None:
     assert "not measured: zeromq: missing" in page
 
 
+def test_the_plots_of_a_report_share_no_ids() -> None:
+    page = html_report(Results.read(ROOT / "benchmarks" / "results" / "quick-2-cores.jsonl"))
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(set(ids)) == len(ids) > 100
+    used = set(re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', page))
+    assert used
+    assert {first or second for first, second in used} <= set(ids), "what is used is there"
+
+
 @pytest.mark.parametrize("usual", [Point(4), Point(2, requests=256), Point(1, in_flight=2)], ids=str)
 def test_the_report_shows_what_was_measured_also_elsewhere(usual: Point) -> None:
     points = [
@@ -308,7 +377,7 @@ def test_the_report_shows_what_was_measured_also_elsewhere(usual: Point) -> None
     page = html_report(Results(HEADER, turns, [Failure("steps", usual, "pipes", "it <broke>")]))
     for title in PLOTS:
         drawn = f'<svg role="img" aria-label="{title}"' in page
-        assert drawn != ("array" in title or "death" in title), title
+        assert drawn != any(word in title for word in ("array", "death", "stages", "demo", "merge")), title
     assert page.count(">nccl<") == 4 + 2, "legends of the curves, names of the bars"
     assert "failed: pipes, steps, " in page
     assert "it &lt;broke&gt;" in page
@@ -318,7 +387,7 @@ def test_each_peer_looks_the_same_in_every_report_and_unlike_the_others() -> Non
     def colours(*peers: str) -> set[str]:
         turns = [Turn("idle", Point(2), peer, 0, {"idle_cores": [1.0]}) for peer in peers]
         page = html_report(Results(HEADER, turns, []))
-        found = re.findall(r'id="patch_\d+">\s*<path[^>]*style="fill: (#\w+)"', page)
+        found = re.findall(r'id="plot\d+-patch_\d+">\s*<path[^>]*style="fill: (#\w+)"', page)
         return set(found) - {"#ffffff"}
 
     assert len(colours("zeromq")) == 1

@@ -1,10 +1,14 @@
 """What travels how: decided by the type hints, equal on both ends, and nothing is lost."""
 
 import copy
+import gc
 import pickle
+import sys
+import types
 import weakref
 from typing import Any
 
+import cloudpickle
 import msgspec
 import numpy as np
 import pytest
@@ -21,8 +25,9 @@ from asyncexec import (
     WorkerDied,
     WorkerError,
 )
-from asyncexec.codec import Codec, Payload
-from asyncexec.pickling import dumps, loads
+from asyncexec.codec import Codec
+from asyncexec.pickling import around_bytes, dumps, loads
+from asyncexec.wire import Frame, FrameKind
 
 
 class Batch(msgspec.Struct):
@@ -77,22 +82,21 @@ def codec() -> Codec:
     return Codec(Everything)
 
 
-def travel(payload: Payload) -> Payload:
-    """The payload as the other end receives it: in other, writable memory."""
-    return payload._replace(body=bytes(payload.body), buffers=[bytearray(buffer) for buffer in payload.buffers])
+def travel(frame: Frame) -> Frame:
+    """The frame as the other end receives it: in other, writable memory."""
+    return Frame(frame.kind, method=frame.method, body=bytes(frame.body), buffers=list(map(bytearray, frame.buffers)))
 
 
 def call(codec: Codec, method: str, *args: Any, **kwargs: Any) -> Any:
-    received = codec.decode_call(travel(codec.encode_call(method, args, kwargs)))
-    assert received.target == method
-    return list(received.args), dict(received.kwargs)
+    target, received, keywords = codec.decode_call(travel(codec.encode_call(method, args, kwargs)))
+    assert target == method
+    return list(received), dict(keywords)
 
 
 def result(codec: Codec, method: str, value: Any) -> Any:
-    number = codec.encode_call(method, [0] * (method == "unhinted"), {}).method if method == "unhinted" else None
-    if number is None:
-        number = next(n for n in range(1, 20) if codec.method_name(n) == method)
-    return codec.decode_result(travel(codec.encode_result(number, value)))
+    reply = Frame(FrameKind.REPLY, method=codec.method_number(method))
+    codec.encode_result(reply, value)
+    return codec.decode_result(travel(reply))
 
 
 def test_the_hints_decide_the_format(codec: Codec) -> None:
@@ -164,9 +168,9 @@ def test_values_come_back_equal(codec: Codec) -> None:
 
 def test_a_callable_travels_by_value(codec: Codec) -> None:
     offset = 5
-    received = codec.decode_call(travel(codec.encode_call(lambda worker, x: worker + x + offset, (1,), {})))
-    assert callable(received.target)
-    assert received.target(10, *received.args) == 16
+    target, args, _ = codec.decode_call(travel(codec.encode_call(lambda worker, x: worker + x + offset, (1,), {})))
+    assert callable(target)
+    assert target(10, *args) == 16
 
 
 def test_what_cannot_be_sent_is_said(codec: Codec) -> None:
@@ -209,6 +213,50 @@ class Outer(msgspec.Struct, tag=True):
         == b'{"type":"Outer","inner":{"someValue":4,"more":[]}}'
     )
     assert msgspec.json.decode(msgspec.json.encode(outer), type=kind) == received
+
+
+def test_what_has_a_name_nowhere_else_travels_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside what goes by its name, and with memory beside the message."""
+    main = types.ModuleType("__main__")
+    exec("class Named:\n    answer = 42\ndef function(): return Named.answer", main.__dict__)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "__main__", main)
+        message, buffers = dumps([Opaque(1), main.function, main.Named(), torch.arange(1000), np.arange(1000)])
+        assert len(buffers) == 2
+        assert buffers.tensors == {0}
+    opaque, function, named, tensor, array = loads(message, buffers)
+    assert (opaque, function(), named.answer) == (Opaque(1), 42, 42)
+    assert torch.equal(tensor, torch.from_numpy(array))
+
+
+def test_modules_may_be_asked_to_travel_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("asked_to_travel")
+    exec("def function(): return 42", module.__dict__)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, module.__name__, module)
+        by_name = dumps(module.function)
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            by_value = dumps(module.function)
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)
+    assert loads(*by_value)() == 42
+    with pytest.raises(ModuleNotFoundError):
+        loads(*by_name)
+
+
+def test_pickling_leaves_nothing_to_the_garbage_collector() -> None:
+    """Cycles would have it run in the middle of the steps."""
+    values = [Opaque(1)], {"tensor": torch.ones(1000), "array": np.ones(1000), "bytes": around_bytes(bytes(5000))}
+    dumps(values)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            dumps(values)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_a_worker_that_answers_any_name() -> None:
@@ -283,10 +331,20 @@ def test_nothing_keeps_what_was_encoded_or_decoded() -> None:
     del payload, array
     assert given() is None
     kept = weakref.ref(memory)
-    call = codec.decode_call(Payload(codec.method_number("both_ways"), payload_body(codec), (memory.data,)))
-    assert call.args[0].sum() == 0
-    del call, memory
+    number = codec.method_number("both_ways")
+    sent = Frame(FrameKind.CALL, method=number, body=payload_body(codec), buffers=(memory.data,))
+    _, args, _ = codec.decode_call(sent)
+    assert args[0].sum() == 0
+    del sent, args, memory
     assert kept() is None
+
+
+def test_nothing_keeps_what_was_pickled(codec: Codec) -> None:
+    array = np.zeros(1000)
+    given, frame = weakref.ref(array), codec.encode_call("anything", ({"a": array},), {})
+    assert len(frame.buffers) == 1
+    del frame, array
+    assert given() is None, "it waits for the garbage collector"
 
 
 def payload_body(codec: Codec) -> Any:

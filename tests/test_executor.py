@@ -335,6 +335,19 @@ async def test_a_failing_call_that_nobody_awaits_makes_no_noise(
     assert [w for w in recwarn if "never" in str(w.message)] == []
 
 
+async def test_steps_leave_nothing_to_the_garbage_collector(layout: Layout) -> None:
+    async with create_executor(layout, workers.EchoWorker) as executor:
+        await executor.execute_model(0)
+        gc.collect()
+        gc.disable()
+        try:
+            for number in range(50):
+                await executor.execute_model(number)
+            assert gc.collect() < 50, "each step leaves a cycle"
+        finally:
+            gc.enable()
+
+
 async def test_a_worker_that_cannot_be_constructed(layout: Layout, world_size: int) -> None:
     rank = world_size - 1
     with pytest.raises(WorkerStartError, match=f"RuntimeError: no luck on rank {rank}") as caught:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from asyncexec.errors import AsyncExecError, CallError, ExecutorBusy, ExecutorClosed, ReplyLost, StepTimeout
-from asyncexec.window import Call, CallState, Complete, Decision, Fail, Send, Take, Window
+from asyncexec.window import Call, Complete, Decision, Fail, Send, Take, Window
 
 
 def step(wanted: Sequence[int] = (0,), ranks: Sequence[int] = (0, 1), timeout: float | None = None) -> Call:
@@ -292,13 +292,13 @@ class Histories(RuleBasedStateMachine):
         self.note(self.window.expire(self.now))
 
     def waiting(self) -> list[Call]:
-        return [call for call in self.calls if call.state is CallState.QUEUED]
+        return [call for call in self.calls if not call.was_sent and not call.settled]
 
     @invariant()
     def the_rules_hold(self) -> None:
         if not hasattr(self, "window"):
             return
-        running = [call for call in self.calls if call.state is CallState.SENT]
+        running = [call for call in self.calls if call.was_sent and not call.settled]
         assert sum(call.slot for call in running) <= self.slots
         assert self.window.in_flight >= len(running)
         assert self.window.queued == len(self.waiting())

@@ -1,11 +1,11 @@
 """The contract of a case: one thing to measure of any peer."""
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 
-from asyncexec.bench.peer import Peer
+from asyncexec.bench.peer import Peer, missing
 
 Samples = dict[str, list[float]]
 """What one turn measured: raw samples, by the name of the metric, which ends with its unit."""
@@ -47,18 +47,24 @@ class Case:
         measure: does one turn with a peer at a point.  The last argument says how much: steps, or seconds.
         fresh: whether it starts, or breaks, the peer by itself: each turn gets a process of its own, which is killed
             afterwards.  Other cases share one that is running.
-        needs: a method that a peer may lack, and is measured only with.
+        needs: a method or attribute that a peer may lack, and is measured only with.
+        packages: that must be installed, with the command that installs them.
     """
 
     name: str
     measure: Callable[[Peer, Point, float], Awaitable[Samples]]
     fresh: bool = False
     needs: str = ""
+    packages: Mapping[str, str] = field(default_factory=dict)
+
+    def unavailable(self) -> str | None:
+        """What is missing here and how to install it; None where nothing is."""
+        return missing(self.packages)
 
     def can_measure(self, peer: type[Peer], point: Point) -> bool:
         """Whether a peer can do what is measured there."""
         if peer.max_ranks is not None and point.ranks > peer.max_ranks:
             return False
-        if not (peer.tensors if point.tensor_mib else peer.requests):
-            return False
-        return not self.needs or hasattr(peer, self.needs)
+        if self.needs:
+            return hasattr(peer, self.needs)
+        return peer.tensors if point.tensor_mib else peer.requests

@@ -11,7 +11,7 @@ from typing import Any
 from asyncexec.bench.processes import end_with_parent
 from asyncexec.errors import AsyncExecError
 
-CPUS = 32
+CPUS = GPUS = 32
 """More than there are: what the ranks reserve says nothing about what they use."""
 
 START_LIMIT_S = 60.0
@@ -57,6 +57,7 @@ def _hold(connection: "Connection[Any, Any]") -> None:
     ray.init(
         address="local",
         num_cpus=CPUS,
+        num_gpus=GPUS,  # vLLM's executors do not do without
         include_dashboard=False,
         logging_level="ERROR",
         log_to_driver=False,

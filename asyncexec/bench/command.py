@@ -14,11 +14,11 @@ from asyncexec.bench.case import Point
 from asyncexec.bench.cases import CASES
 from asyncexec.bench.harness import Harness
 from asyncexec.bench.peer import Peer
-from asyncexec.bench.peers import NOT_YET, PEERS, load_peer
+from asyncexec.bench.peers import PEERS, load_peer
 from asyncexec.bench.report import html_report, require_matplotlib
 from asyncexec.bench.results import Failure, Header, Line, Results, Writer
 from asyncexec.bench.suites import SUITES, Part
-from asyncexec.bench.tables import comparison, summary
+from asyncexec.bench.tables import comparison, left_out, summary
 from asyncexec.errors import ConfigError
 
 WIDTH = 120
@@ -68,8 +68,9 @@ def run(args: argparse.Namespace) -> int:
         show(results, console)
         write_html(results, args.html, console)
         return 0
-    parts = some_of(parts_of(args.suite, args.cases), args.ranks, args.requests, args.in_flight)
+    parts, cannot = able(some_of(parts_of(args.suite, args.cases), args.ranks, args.requests, args.in_flight))
     peers, missing = peers_of(args.peers)
+    missing |= cannot
     if args.html:
         require_report(args.html)
     path = args.output or Path(f"asyncexec-bench-{args.suite}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}.jsonl")
@@ -122,6 +123,19 @@ def some_of(
     return [part for part in kept if part.points]
 
 
+def able(parts: Sequence[Part]) -> tuple[list[Part], dict[str, str]]:
+    """The parts whose cases can be measured here; and the other cases, with what to install.
+
+    Raises:
+        ConfigError: there are none of the first.
+    """
+    reasons = {part.case: CASES[part.case].unavailable() for part in parts}
+    missing = {f"case {name}": reason for name, reason in reasons.items() if reason is not None}
+    if len(missing) == len(reasons):
+        raise ConfigError("; ".join(f"{name} cannot be measured: {reason}" for name, reason in missing.items()))
+    return [part for part in parts if reasons[part.case] is None], missing
+
+
 def require_report(path: Path) -> None:
     """Refuse a report that could not be written, before minutes are spent on measuring.
 
@@ -157,7 +171,7 @@ def peers_of(names: Sequence[str] | None) -> tuple[dict[str, type[Peer]], dict[s
         ConfigError: there is no such peer, or none of them can be measured.
     """
     available: dict[str, type[Peer]] = {}
-    missing = {} if names else dict(NOT_YET)
+    missing: dict[str, str] = {}
     for name in dict.fromkeys(names or PEERS):
         peer = load_peer(name)
         reason = peer.unavailable()
@@ -225,7 +239,5 @@ def show(results: Results, console: Console) -> None:
         console.print(", ".join(f"{name} {value}" for name, value in facts.items()), markup=False)
     for table in summary(results):
         console.print(table)
-    for name, reason in head.not_measured.items():
-        console.print(f"not measured: {name}: {reason}", markup=False)
-    for failure in results.failures:
-        console.print(f"failed: {failure.peer}, {failure.case}, {failure.point}: {failure.message}", markup=False)
+    for line in left_out(results):
+        console.print(line, markup=False)

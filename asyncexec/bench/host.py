@@ -26,6 +26,9 @@ from asyncexec.run import run
 TURN_LIMIT_S = 90.0
 """A turn that takes longer has failed."""
 
+START_LIMIT_S = 180.0
+"""A peer that has not started by then has failed; vLLM's executors take half a minute on two idle cores."""
+
 CLOSE_LIMIT_S = 10.0
 """A peer that has not ended by then has failed."""
 
@@ -53,7 +56,7 @@ class Host:
         self._connection: Connection[Any, Any] = Connection(ours.detach())
         self._pids = [self._process.pid]
         try:
-            self._pids += self._answer(TURN_LIMIT_S)
+            self._pids += self._answer(START_LIMIT_S)
             self._stop()
         except BaseException:
             self.kill()

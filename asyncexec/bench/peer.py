@@ -2,7 +2,7 @@
 
 import abc
 import importlib.util
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from asyncexec.bench.payload import Payload
@@ -11,8 +11,14 @@ from asyncexec.bench.payload import Payload
 class Peer(abc.ABC):
     """Ranks that echo what they are given.  It lives in a process of its own, on that process's event loop.
 
-    A peer that can run a method by name on all its ranks has `call(number)` too: awaiting it gives that number from
-    each rank.
+    Some peers have more, and are measured by more cases:
+
+    - `call(number)` runs a method by name on all ranks: awaiting it gives that number from each.
+    - `start_pipeline(seconds)` starts the ranks as the stages of a pipeline, in place of `start`: each takes so long
+      for a step, and hands it on to the next one.
+    - `merging(steps)` prepares to merge what the ranks of each step report: the ids of the requests that they have
+      finished with.  What it returns does so, and returns how many requests all ranks have finished with.
+    - `engine_config` is the configuration for an executor with process groups, but for its sizes.
 
     Attributes:
         needs: packages that must be installed, with the command that installs them.
@@ -35,8 +41,7 @@ class Peer(abc.ABC):
     @classmethod
     def unavailable(cls) -> str | None:
         """What is missing here and how to install it; None where nothing is."""
-        missing = [name for name in cls.needs if importlib.util.find_spec(name) is None]
-        return "; ".join(f"{name} is not installed: {cls.needs[name]}" for name in missing) or None
+        return missing(cls.needs)
 
     @abc.abstractmethod
     async def start(self) -> None:
@@ -57,6 +62,26 @@ class Peer(abc.ABC):
     @abc.abstractmethod
     async def close(self) -> None:
         """End the ranks, and wait until they have ended."""
+
+
+class WithoutRanks(Peer):
+    """It only does something in the driver's process."""
+
+    async def start(self) -> None:
+        """Nothing to start."""
+
+    async def pids(self) -> Sequence[int]:
+        """There are none."""
+        return []
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
+
+def missing(needs: Mapping[str, str]) -> str | None:
+    """Which of these packages are not installed, and the commands that install them; None where all are."""
+    names = [name for name in needs if importlib.util.find_spec(name) is None]
+    return "; ".join(f"{name} is not installed: {needs[name]}" for name in names) or None
 
 
 MAX_IN_FLIGHT = 4

@@ -4,6 +4,7 @@ import html
 import importlib
 import importlib.util
 import io
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from asyncexec.bench.case import Point, Samples
 from asyncexec.bench.cases.failure import LIMIT_S
 from asyncexec.bench.peers import PEERS
 from asyncexec.bench.results import Results
-from asyncexec.bench.tables import REFERENCE, summary
+from asyncexec.bench.tables import REFERENCE, left_out, summary
 from asyncexec.errors import ConfigError
 
 Plot = Callable[[Results, Any, Mapping[str, Any]], None]
@@ -29,6 +30,9 @@ _USUAL = Point(2)
 """Plots show this point, or the measured one that is most like it."""
 
 _WIDTH = 128
+
+_IDS = re.compile(r'(\bid="|url\(#|href="#)')
+"""What stands before an id of matplotlib's SVG, where it is given and where it is used."""
 
 _METHOD = """Each peer has a process of its own, and the peers take turns, round after round; while it is not its turn,
 a peer is stopped. What slows the machine for a while slows all of them: compare peers within this run, not
@@ -44,8 +48,6 @@ def html_report(results: Results) -> str:
     head = results.header
     facts = head.hardware | head.versions
     rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in facts.items())
-    left_out = [f"not measured: {name}: {reason}" for name, reason in head.not_measured.items()]
-    left_out += [f"failed: {one.peer}, {one.case}, {one.point}: {one.message}" for one in results.failures]
     title = f"asyncexec bench: suite {head.suite}, {head.started}, commit {head.commit or 'unknown'}"
     return _PAGE.format(
         title=_text(title),
@@ -53,7 +55,7 @@ def html_report(results: Results) -> str:
         method=_METHOD,
         plots="".join(_figures(results)),
         tables="".join(f"<pre>{_text(_as_text(table))}</pre>" for table in summary(results)),
-        left_out="".join(f"<li>{_text(line)}</li>" for line in left_out) or "<li>nothing</li>",
+        left_out="".join(f"<li>{_text(line)}</li>" for line in left_out(results)) or "<li>nothing</li>",
         settings=_text("\n".join(map(str, head.settings))),
     )
 
@@ -61,7 +63,7 @@ def html_report(results: Results) -> str:
 def _figures(results: Results) -> Iterator[str]:
     plt = _matplotlib()
     styles = _styles(plt, results)
-    for title, plot in PLOTS.items():
+    for number, (title, plot) in enumerate(PLOTS.items()):
         figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
         try:
             plot(results, axes, styles)
@@ -75,17 +77,19 @@ def _figures(results: Results) -> Iterator[str]:
             figure.legend(loc="outside right upper", fontsize="small", handlelength=4)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-        svg = drawn.getvalue().partition("<svg")[2]
+        # in one page, the ids of each plot must be its own
+        svg = _IDS.sub(rf"\1plot{number}-", drawn.getvalue().partition("<svg")[2])
         yield f'<h2>{_text(title)}</h2><svg role="img" aria-label="{_text(title)}"{svg}'
 
 
 def _styles(plt: Any, results: Results) -> dict[str, Any]:
     """Colour, line and marker of each peer, the same in every report; the reference stands out."""
     measured = (name for peers in results.turns.values() for name in peers)
-    colours, lines, markers = plt.get_cmap("tab20"), ("-", "--", "-.", ":"), "osD^v<>phXP*d"
+    colours = [plt.get_cmap(palette)(number) for palette in ("tab20", "tab20b") for number in range(20)]
+    lines, markers = ("-", "--", "-.", ":"), "osD^v<>phXP*d"
     styles: dict[str, Any] = {
         name: {
-            "color": colours(i % 20),
+            "color": colours[i % len(colours)],
             "linestyle": lines[i % len(lines)],
             "marker": markers[i % len(markers)],
             "markersize": 5,
@@ -136,6 +140,22 @@ def _idle(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
     axes.set(xlabel=f"cores in use while no step is submitted (ranks: {point.ranks})")
 
 
+def _overlap(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
+    point = _bars(results, axes, styles, "overlap", "overlap_ratio")
+    within = f"{point.ranks} stages, {point.in_flight} in flight; 1 is no overlap, {1 / point.ranks:g} the least"
+    axes.set(xlabel=f"time of steps in flight over that of the same steps one by one ({within})")
+
+
+def _demo(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
+    point = _bars(results, axes, styles, "demo", "tokens_per_s")
+    axes.set(xlabel=f"tokens/s of the demo's engine ({point})")
+
+
+def _aggregation(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
+    point = _bars(results, axes, styles, "aggregation", "merge_us", Point(64, requests=4))
+    axes.set(xlabel=f"us for each step ({point.ranks} ranks, {point.requests} requests finished on all of them)")
+
+
 def _failures(results: Results, axes: Any, styles: Mapping[str, Any]) -> None:
     point = _bars(results, axes, styles, "failure", "failure_ms")
     never = f"{LIMIT_S * 1e3:.0f} is not noticed"
@@ -151,6 +171,9 @@ PLOTS: dict[str, Plot] = {
     "Processor time of a step": _processor,
     "Cores in use while idle": _idle,
     "How soon the death of a rank is noticed": _failures,
+    "How far the stages of a pipeline overlap": _overlap,
+    "Tokens per second of the demo": _demo,
+    "How long the ranks' reports of KV transfers take to merge": _aggregation,
 }
 
 
@@ -176,8 +199,10 @@ def _lines(results: Results, axes: Any, styles: Mapping[str, Any], metric: str, 
     return ", ".join(part for part in first if all(part in other for other in others))
 
 
-def _bars(results: Results, axes: Any, styles: Mapping[str, Any], case: str, metric: str) -> Point:
-    point, values = _at(results, case, metric)
+def _bars(
+    results: Results, axes: Any, styles: Mapping[str, Any], case: str, metric: str, usual: Point = _USUAL
+) -> Point:
+    point, values = _at(results, case, metric, usual)
     names = list(values)[::-1]  # bars begin at the bottom
     medians = [statistics.median(values[name]) for name in names]
     bars = axes.barh(names, medians, color=[styles[name]["color"] for name in names])
@@ -186,7 +211,7 @@ def _bars(results: Results, axes: Any, styles: Mapping[str, Any], case: str, met
     return point
 
 
-def _at(results: Results, case: str, metric: str) -> tuple[Point, ByPeer]:
+def _at(results: Results, case: str, metric: str, usual: Point = _USUAL) -> tuple[Point, ByPeer]:
     """The point of this case that is most like the usual one, and each peer's samples there."""
     found = {
         point: samples
@@ -195,7 +220,7 @@ def _at(results: Results, case: str, metric: str) -> tuple[Point, ByPeer]:
     }
     if not found:
         raise LookupError(f"{metric} was not measured")
-    point = max(found, key=_likeness)
+    point = max(found, key=lambda point: _likeness(point, usual))
     return point, found[point]
 
 
@@ -208,9 +233,9 @@ def _measured(peers: Mapping[str, Mapping[int, Samples]], metric: str) -> ByPeer
     return {peer: samples for peer, samples in together.items() if samples}
 
 
-def _likeness(point: Point) -> int:
+def _likeness(point: Point, usual: Point = _USUAL) -> int:
     """How many attributes are the usual ones."""
-    return sum(getattr(point, name) == getattr(_USUAL, name) for name in point.__struct_fields__)
+    return sum(getattr(point, name) == getattr(usual, name) for name in point.__struct_fields__)
 
 
 def _as_text(table: Any) -> str:

@@ -21,7 +21,7 @@ class Header(msgspec.Struct, frozen=True, tag="run", tag_field="kind"):
         hardware: processor, cores, memory, kernel.
         versions: of Python and the packages that matter.
         settings: of the suite, as the harness used them.
-        not_measured: the peers that were left out, with the reason.
+        not_measured: the peers and cases that were left out, with the reason.
     """
 
     started: str

@@ -73,6 +73,22 @@ def _around(ranks: Sequence[int], rounds: int) -> list[Part]:
     ]
 
 
+def _overlap(stages: Sequence[int], rounds: int, steps: int) -> Part:
+    """As many steps in flight as there are stages."""
+    return Part("overlap", tuple(Point(each, in_flight=each) for each in stages), rounds, steps)
+
+
+def _aggregation(rounds: int) -> Part:
+    """So many ranks, and so many requests that all of them finish in every step."""
+    points = tuple(Point(ranks, requests=requests) for ranks, requests in ((64, 4), (64, 0), (8, 32), (2, 4)))
+    return Part("aggregation", points, rounds, 100)
+
+
+def _demo(ranks: Sequence[int], rounds: int, tokens: int) -> Part:
+    """Eight prompts at once."""
+    return Part("demo", tuple(Point(each, requests=8) for each in ranks), rounds, tokens)
+
+
 SUITES: dict[str, list[Part]] = {
     "quick": [
         Part("steps", (Point(1),), rounds=5, amount=50),
@@ -81,6 +97,9 @@ SUITES: dict[str, list[Part]] = {
         _tensors([2], rounds=3, amount=20),
         Part("rpc", (Point(2),), rounds=4, amount=50),
         *_around([2], rounds=2),
+        _overlap([2], rounds=1, steps=10),
+        _aggregation(rounds=2),
+        _demo([2], rounds=1, tokens=48),
     ],
     "full": [
         *(_steps(ranks, rounds=6, amount=50) for ranks in (1, 2, 4)),
@@ -89,7 +108,17 @@ SUITES: dict[str, list[Part]] = {
         _tensors([2, 4], rounds=4, amount=20),
         Part("rpc", tuple(map(Point, (1, 2, 4))), rounds=4, amount=50),
         *_around([2], rounds=3),
+        _overlap([2, 4], rounds=2, steps=10),
+        _aggregation(rounds=3),
+        _demo([1, 2], rounds=2, tokens=64),
     ],
-    "grid": [_grid(), Part("rpc", tuple(map(Point, RANKS)), rounds=8, amount=60), *_around(RANKS, rounds=4)],
+    "grid": [
+        _grid(),
+        Part("rpc", tuple(map(Point, RANKS)), rounds=8, amount=60),
+        *_around(RANKS, rounds=4),
+        _overlap([2, 4, 8], rounds=4, steps=10),
+        _aggregation(rounds=4),
+        _demo([1, 2, 4], rounds=4, tokens=96),
+    ],
 }
 """On two cores, quick takes less than 3 minutes, full less than 10, and the whole grid hours: choose some of it."""

@@ -21,9 +21,29 @@ class NoopWorker:
         self._breaks = False
         self._requests = 0
         self._outputs: dict[int, Any] = {}
+        self._place = place
+        self.device = "cpu"
+        self.model_runner = self
 
     def init_device(self) -> None:
         """Nothing to set up."""
+
+    def join_groups(self) -> None:
+        """Make vLLM's process groups, which its own executor on a Ray graph asks for the rank's place."""
+        state: Any = importlib.import_module("vllm.distributed.parallel_state")
+        config: Any = importlib.import_module("vllm.config")
+        parallel = self.vllm_config.parallel_config
+        method: str = self._place["distributed_init_method"]
+        os.environ["VLLM_DIST_IDENT"] = method.rpartition(":")[2]  # as vLLM's worker for CPUs does
+        with config.set_current_vllm_config(self.vllm_config):
+            state.init_distributed_environment(
+                parallel.world_size,
+                self.rank,
+                method,
+                self._place["local_rank"],
+                "gloo",
+            )
+            state.initialize_model_parallel(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
 
     def load_model(self, **options: Any) -> None:
         """Nothing to load."""
@@ -32,7 +52,7 @@ class NoopWorker:
         """Whether `execute_model` has the output already, as pooling models' has, instead of `sample_tokens`."""
         self._one_call = one_call
 
-    def execute_model(self, scheduler_output: Any) -> Any:
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """The first half of a step, or all of it."""
         self._requests = scheduler_output.total_num_scheduled_tokens
         if self._breaks:
@@ -114,7 +134,7 @@ def scheduler_output(requests: int) -> Any:
     return made
 
 
-def vllm_config(ranks: int, stages: int = 1, additional: dict[str, Any] | None = None) -> Any:
+def vllm_config(ranks: int, stages: int = 1, additional: dict[str, Any] | None = None, backend: str = "mp") -> Any:
     """A configuration as the engine core would hand it to its executor."""
     arguments: Any = importlib.import_module("vllm.engine.arg_utils")
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +143,7 @@ def vllm_config(ranks: int, stages: int = 1, additional: dict[str, Any] | None =
                 vllm_tiny.make_model(Path(folder), heads=8),
                 tensor_parallel_size=ranks,
                 pipeline_parallel_size=stages,
-                distributed_executor_backend="mp",
+                distributed_executor_backend=backend,
                 additional_config=additional or {},
             )
         ).create_engine_config()
@@ -138,13 +158,15 @@ def make_executor(
     worker: str = f"{__name__}.NoopWorker",
     worker_extension: str = "",
 ) -> Any:
-    """`kind` is "mp", "asyncexec", or the dotted name of an executor class; `worker` and its extension likewise."""
+    """`kind` is "mp", "ray", "ray-v2", "asyncexec", or the dotted name of an executor class; `worker` likewise."""
     names = {
         "mp": "vllm.v1.executor.multiproc_executor.MultiprocExecutor",
+        "ray": "vllm.v1.executor.ray_executor.RayDistributedExecutor",
+        "ray-v2": "vllm.v1.executor.ray_executor_v2.RayExecutorV2",
         "asyncexec": "asyncexec.integrations.vllm.AsyncExecExecutor",
     }
     module, _, name = names.get(kind, kind).rpartition(".")
-    config = vllm_config(ranks, stages, additional)
+    config = vllm_config(ranks, stages, additional, "ray" if kind.startswith("ray") else "mp")
     config.parallel_config.worker_cls = worker
     config.parallel_config.worker_extension_cls = worker_extension
     return getattr(importlib.import_module(module), name)(config)

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+VLLM = {"vllm": "pip install vllm, or make .venv-vllm/.done for CPUs"}
+"""The package, with how it is installed."""
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",

@@ -269,6 +269,7 @@ async def inspection(target: Target) -> None:
         report = await executor.report()
         assert time.monotonic() - began < 0.3
         assert [rank.rank for rank in report.ranks] == list(range(world))
+        assert all("nap" in rank.stacks for rank in report.ranks)
         await executor.check_health()
         await nap
 

@@ -113,9 +113,9 @@ class _FaultyTransport(Transport):
         """The transport's."""
         return self.inner.staging(nbytes)
 
-    async def inspect(self, rank: int) -> Buffer:
+    async def inspect(self, rank: int, stacks: bool) -> Buffer:
         """Inspect as the transport does: the side channel has no faults."""
-        return await self.inner.inspect(rank)
+        return await self.inner.inspect(rank, stacks)
 
     def kernel_state(self, rank: int) -> KernelState:
         """Ask the transport."""

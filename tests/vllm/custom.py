@@ -116,7 +116,7 @@ class RecordingWorker(NoopWorker):
 class PickyWorker(NoopWorker):
     """Fails on one rank in the ways that the scheduler output or a call tells it to."""
 
-    def execute_model(self, scheduler_output: Any) -> Any:
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """Rank 1 raises at once where there are 3 requests, while rank 0 is busy."""
         if scheduler_output.total_num_scheduled_tokens == 3:
             if self.rank == 1:

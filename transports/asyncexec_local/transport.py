@@ -56,9 +56,9 @@ class LocalTransport(Transport):
         """Queue a frame for the rank."""
         self._link.inbox.put(_with_own_memory(frame))
 
-    async def inspect(self, rank: int) -> Buffer:
+    async def inspect(self, rank: int, stacks: bool) -> Buffer:
         """Have a helper thread look at the rank's thread."""
-        return await anyio.to_thread.run_sync(self._link.describe, abandon_on_cancel=True)
+        return await anyio.to_thread.run_sync(self._link.describe, stacks, abandon_on_cancel=True)
 
     def kernel_state(self, rank: int) -> KernelState:
         """The rank's thread lives or not; it stops only with this process."""
@@ -120,7 +120,7 @@ class _LocalLink(RankLink):
     def __init__(self, transport: LocalTransport) -> None:
         self.inbox: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self.aborted = False
-        self.describe: Callable[[], bytes] = bytes
+        self.describe: Callable[[bool], bytes] = lambda stacks: b""
         self._transport = transport
 
     def receive(self) -> Frame | None:
@@ -137,7 +137,7 @@ class _LocalLink(RankLink):
             device = "cuda:0" if torch is not None and torch.cuda.is_available() else "cpu"
         return RankContext(device=device)
 
-    def answer_inspections(self, describe: Callable[[], bytes]) -> None:
+    def answer_inspections(self, describe: Callable[[bool], bytes]) -> None:
         self.describe = describe
 
     def send_intermediate(

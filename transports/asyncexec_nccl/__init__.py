@@ -7,7 +7,8 @@
     rank        the rank's half, and what a rank's process runs
     devices     which GPU a rank gets
     hops        intermediate tensors from one pipeline stage to the next, through host memory
-    gpu_hops    the same from GPU to GPU, by NCCL
+    gpu_hops    the same from GPU to GPU
+    ways        what brings tensors there: peer_copies over a ring and cuda_driver, or nccl_pairs
     staging     memory that the driver fills and every rank can read
 
 The driver imports no torch.

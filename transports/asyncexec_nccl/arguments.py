@@ -4,8 +4,8 @@ The driver copies a buffer there piece by piece.  After each piece it tells the 
 wait on anyway, so that they copy one piece out while it writes the next.  Then the frame follows with the buffers that
 are small.  What a rank gets is memory of its own: the worker may write to it, and keep it.
 
-Tensors may be wanted on the ranks' devices.  Where all ranks get one, on GPUs, rank 0 copies it from the shared memory,
-which it has pinned, to its GPU, and broadcasts it by NCCL.
+Tensors may be wanted on the ranks' devices.  Where all ranks get one, on GPUs, each copies its share from the shared
+memory, which it has pinned, and gathers the others' by NCCL: see `asyncexec_nccl.staging`.
 
 How far each rank has come it writes into the shared memory, where the driver looks before it allocates: nobody waits
 for that, and nobody is told.  Where there is no room, a buffer goes beside its frame over the sockets.
@@ -50,8 +50,8 @@ class Target(enum.IntEnum):
     """In host memory."""
     DEVICE = 1
     """On the rank's device, copied there by each rank."""
-    BROADCAST = 2
-    """On the rank's device, copied there by rank 0 and broadcast to the others; the buffer is one piece."""
+    TOGETHER = 2
+    """On the rank's device, a share copied there by each rank and gathered by all; the buffer is one piece."""
 
 
 class Piece(NamedTuple):
@@ -133,7 +133,7 @@ class ArgumentSender:
         Args:
             frame: see above.
             streams: of the ranks, by their numbers.
-            together: whether these are all ranks there are, and go in step, so that they may broadcast.
+            together: whether these are all ranks there are, and go in step, so that they may do it together.
         """
         self._waiting.append((frame, streams, together))
         if self._next_turn is None:
@@ -191,9 +191,9 @@ class ArgumentSender:
                 size = min(PIECE, nbytes - at)
                 memory[at : at + size] = source[at : at + size]
                 self._copied += size
-                if target is not Target.BROADCAST:
+                if target is not Target.TOGETHER:
                     told += _told(Piece(region.number, place, region.begin, nbytes, at, size, target))
-            if target is Target.BROADCAST:
+            if target is Target.TOGETHER:
                 told += _told(Piece(region.number, place, region.begin, nbytes, 0, nbytes, target))
         head, *pieces = msgspec.structs.replace(frame, buffers=beside).pack()
         _write([told + head, *pieces], streams)
@@ -203,7 +203,7 @@ class ArgumentSender:
             return Target.HOST
         if not isinstance(frame.buffers, Buffers) or place not in frame.buffers.tensors:
             return Target.HOST
-        return Target.BROADCAST if together else Target.DEVICE
+        return Target.TOGETHER if together else Target.DEVICE
 
     def _allocate(self, nbytes: int, streams: Mapping[int, DriverStream]) -> Region | None:
         self._arena.reclaim(self._copied_by_rank)
@@ -252,7 +252,7 @@ class ArgumentReceiver:
         growing = self._buffers.get(piece.place)
         if growing is None:
             self._refuse_oversize(piece)
-            whole = piece.target == Target.BROADCAST
+            whole = piece.target == Target.TOGETHER
             memory = memoryview(b"") if whole else self._store.take(piece.nbytes)
             growing = self._buffers[piece.place] = _Growing(memory, piece.nbytes)
         end = piece.at + piece.size
@@ -261,7 +261,7 @@ class ArgumentReceiver:
                 f"{piece} does not fit: {growing.filled} of {growing.nbytes} bytes are there, "
                 f"and the arena has {self._capacity}"
             )
-        if piece.target == Target.BROADCAST:
+        if piece.target == Target.TOGETHER:
             growing.memory = self._read_together(piece)
         else:
             shared = memoryview(self._shared.mapped(_WORDS + self._capacity))[_WORDS + piece.begin :]

@@ -77,7 +77,7 @@ class HopSender:
     def _write(self) -> None:
         while (pieces := self._waiting.get()) is not None:
             try:
-                self.stream.send_pieces(pieces)
+                self.stream.send(pieces)
             except ConnectionError:
                 return  # as above
             self._waiting.task_done()

@@ -53,13 +53,16 @@ class PeerSender(SendingWay):
         self._handle: int = self._stream.cuda_stream
         self._computed = self._cuda.Event()
         self._ring = Ring(lent.capacity)
-        self._theirs = BorrowedMemory(lent.handle)
-        self._sent = self._theirs.address + lent.capacity
-        try:
+        with contextlib.ExitStack() as undone:
             self._taken = LentMemory(ALIGNMENT)
-        except CudaError:
-            self._theirs.close()
-            raise
+            undone.callback(self._taken.close)
+            self._theirs = BorrowedMemory(lent.handle)
+            undone.callback(self._theirs.close)
+            self._sent = self._theirs.address + lent.capacity
+            # what cannot be done is to show now; the numbers are 0 anyway
+            cuda_driver.write(self._sent, 0, self._handle)
+            cuda_driver.wait_for(self._taken.address, 0, self._handle)
+            undone.pop_all()
 
     @property
     def answer(self) -> bytes:
@@ -119,6 +122,9 @@ class PeerReceiver(ReceivingWay):
     def accept(self, answer: bytes) -> None:
         """Open the sender's number.  Raises CudaError where it cannot be reached."""
         self._taken = BorrowedMemory(answer)
+        stream = self._torch.cuda.current_stream(self._device).cuda_stream
+        cuda_driver.write(self._taken.address, 0, stream)  # as in the sender
+        cuda_driver.wait_for(self._sent, 0, stream)
 
     def receive(self, layouts: Sequence[tuple[Any, tuple[int, ...]]]) -> list[Any]:
         """As promised; raises CudaError, torch.OutOfMemoryError."""
@@ -176,6 +182,7 @@ def meet(
         with _unless_out_of_reach():
             receiver.accept(answer)
             return receiver, sender
+    receiver.let_go()
     receiver.close()
     return None, sender
 
@@ -189,7 +196,7 @@ def _unless_out_of_reach() -> Iterator[None]:
 
 
 def _tell(neighbour: RankStream, body: bytes) -> None:
-    neighbour.send(Frame(FrameKind.START, body=body))
+    neighbour.send(Frame(FrameKind.START, body=body).pack())
 
 
 def _told(neighbour: RankStream) -> bytes:

@@ -34,6 +34,8 @@ from asyncexec_nccl.ways import ReceivingWay, SendingWay
 
 _PR_SET_PDEATHSIG = 1
 
+_PIECE = FrameKind.PIECE
+
 
 def main(launch_json: str) -> None:
     """Serve one rank until the driver says STOP or is gone."""
@@ -73,13 +75,13 @@ class _SocketLink(RankLink):
         return RankStream(socket.socket(fileno=descriptor), self._launch.max_frame_bytes)
 
     def receive(self) -> Frame | None:
-        while (frame := self._stream.receive()) is not None and frame.kind is FrameKind.PIECE:
+        while (frame := self._stream.receive()) is not None and frame.kind is _PIECE:
             self._arguments.take(frame)
         return None if frame is None else self._arguments.complete(frame)
 
     def send(self, frame: Frame) -> None:
         try:
-            self._stream.send(frame)
+            self._stream.send(frame.pack())
         except ConnectionError:
             return  # the driver is gone: `receive` says so next
 
@@ -151,19 +153,19 @@ class _SocketLink(RankLink):
             part = launch.rank % size
             self._next = GpuHopSender(following, launch.max_frame_bytes, sending, device, part, size)
 
-    def answer_inspections(self, describe: Callable[[], bytes]) -> None:
+    def answer_inspections(self, describe: Callable[[bool], bytes]) -> None:
         # a daemon: it ends with the process, at the latest with the driver
         threading.Thread(target=self._answer, args=(describe,), name="asyncexec-side", daemon=True).start()
 
-    def _answer(self, describe: Callable[[], bytes]) -> None:
-        while self._side.receive() is not None:
+    def _answer(self, describe: Callable[[bool], bytes]) -> None:
+        while (question := self._side.receive()) is not None:
             try:
-                self._side.send(Frame(FrameKind.REPORT, body=describe()))
+                self._side.send(Frame(FrameKind.REPORT, body=describe(len(question.body) > 0)).pack())
             except ConnectionError:
                 return  # the driver is gone
             except Exception:  # noqa: BLE001 - one report less, but the next question must find somebody
                 traceback.print_exc()
-                self._side.send(Frame(FrameKind.REPORT))
+                self._side.send(Frame(FrameKind.REPORT).pack())
 
     def send_intermediate(
         self, call_id: int, tensors: Mapping[str, Any] | None, replicated: frozenset[str] = frozenset()

@@ -136,11 +136,7 @@ class RankStream:
                 return None
         return self._received.popleft()
 
-    def send(self, frame: Frame) -> None:
-        """Block until the frame is written.  Raises ConnectionError when the peer is gone."""
-        self.send_pieces(frame.pack())
-
-    def send_pieces(self, pieces: Sequence[Buffer]) -> None:
+    def send(self, pieces: Sequence[Buffer]) -> None:
         """Block until the pieces of a frame are written.  Raises ConnectionError when the peer is gone."""
         with self._writing:
             rest = _write(self._socket, pieces)
@@ -150,7 +146,7 @@ class RankStream:
     def send_what_fits(self, pieces: Sequence[Buffer]) -> Sequence[Buffer]:
         """Write as much as the socket takes now; returns the rest.  Raises ConnectionError when the peer is gone."""
         with self._writing:
-            return _write(self._socket, pieces, socket.MSG_DONTWAIT)
+            return _write(self._socket, pieces, socket.MSG_DONTWAIT) or ()
 
     def end_writing(self) -> None:
         """Have the peer find the end of the stream behind what was written."""
@@ -184,14 +180,14 @@ def _receive(connection: socket.socket, parser: FrameParser) -> int:
     return len(data)
 
 
-def _write(connection: socket.socket, pieces: Sequence[Buffer], flags: int = 0) -> collections.deque[memoryview]:
-    """Write what the socket takes in one call; returns the rest."""
+def _write(connection: socket.socket, pieces: Sequence[Buffer], flags: int = 0) -> collections.deque[memoryview] | None:
+    """Write what the socket takes in one call; returns the rest, if there is one."""
     if len(pieces) == 1:  # most frames
         try:
             sent = connection.send(pieces[0], flags)
         except BlockingIOError:
             sent = 0
-        return collections.deque([memoryview(pieces[0])[sent:]] if sent < len(pieces[0]) else ())
+        return collections.deque([memoryview(pieces[0])[sent:]]) if sent < len(pieces[0]) else None
     rest = collections.deque(memoryview(piece) for piece in pieces)
     _write_from(connection, rest, flags)
     return rest

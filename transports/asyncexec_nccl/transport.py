@@ -123,9 +123,9 @@ class NcclTransport(Transport):
         """Shared with the ranks since they were spawned; it takes no room before it is used."""
         return None if self._staging is None else self._staging.memory(nbytes)
 
-    async def inspect(self, rank: int) -> Buffer:
+    async def inspect(self, rank: int, stacks: bool) -> Buffer:
         """Ask over a socket of its own, which a thread of its own serves."""
-        return await self._ranks[rank].side.ask()
+        return await self._ranks[rank].side.ask(stacks)
 
     def kernel_state(self, rank: int) -> KernelState:
         """From /proc."""
@@ -257,12 +257,12 @@ class _Side:
         self._stream = DriverStream(loop, connection, _MAX_REPORT_BYTES, self._answered, self._ended)
         self._lost = False
 
-    async def ask(self) -> Buffer:
+    async def ask(self, stacks: bool) -> Buffer:
         if self._lost:
             raise ConnectionError("the rank is gone")
         answer: asyncio.Future[Buffer] = self._loop.create_future()
         self._waiting.append(answer)
-        self._stream.send(Frame(FrameKind.INSPECT).pack())
+        self._stream.send(Frame(FrameKind.INSPECT, body=b"stacks" if stacks else b"").pack())
         return await answer
 
     def close(self) -> None:

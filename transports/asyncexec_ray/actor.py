@@ -43,8 +43,8 @@ def actor_class() -> type:
         def late(self) -> list[bytes | None]:
             return self._server.late()
 
-        def inspect(self) -> bytes:
-            return self._server.inspect()
+        def inspect(self, stacks: bool) -> bytes:
+            return self._server.inspect(stacks)
 
         def meet(self) -> tuple[str, int]:
             return self._server.meet()

@@ -69,9 +69,9 @@ class Member:
         """Send a frame that is no step."""
         self._method("call", "calls").remote(numbered(self.next_number(), frame))
 
-    def inspect(self) -> asyncio.Future[bytes]:
+    def inspect(self, stacks: bool) -> asyncio.Future[bytes]:
         """Ask what the rank is doing; raises what Ray raises where the rank is gone."""
-        return answer(self._method("inspect", "inspect").remote())
+        return answer(self._method("inspect", "inspect").remote(stacks))
 
     def received(self, message: bytes) -> None:
         """Take a message of the rank, whichever way it came; on the loop."""

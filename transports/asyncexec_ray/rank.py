@@ -85,9 +85,9 @@ class RankServer:
                 messages.append(self._late.get_nowait())
         return messages
 
-    def inspect(self) -> bytes:
+    def inspect(self, stacks: bool) -> bytes:
         """What the rank is doing."""
-        return self._link.describe()
+        return self._link.describe(stacks)
 
     def meet(self) -> tuple[str, int]:
         """Where the process groups meet; waits until rank 0, which this is, has opened it."""
@@ -125,7 +125,7 @@ class _Step:
 
 class _RayLink(RankLink):
     def __init__(self, late: queue.SimpleQueue[bytes | None]) -> None:
-        self.describe: Callable[[], bytes] = bytes
+        self.describe: Callable[[bool], bytes] = lambda stacks: b""
         self._device = "cuda:0" if _gpus() else "cpu"  # Ray shows an actor its own GPUs alone
         self._groups = ProcessGroups()
         self._numbering = threading.Lock()
@@ -210,7 +210,7 @@ class _RayLink(RankLink):
         self.meeting_point.set_result((host, opened.port))
         return opened
 
-    def answer_inspections(self, describe: Callable[[], bytes]) -> None:
+    def answer_inspections(self, describe: Callable[[bool], bytes]) -> None:
         self.describe = describe
 
     def send_intermediate(

@@ -104,10 +104,10 @@ class RayTransport(Transport):
         for rank in ranks:
             self._members[rank].call(frame)
 
-    async def inspect(self, rank: int) -> Buffer:
+    async def inspect(self, rank: int, stacks: bool) -> Buffer:
         """Ask by a call that has a thread of its own."""
         try:
-            return await self._members[rank].inspect()
+            return await self._members[rank].inspect(stacks)
         except importlib.import_module("ray.exceptions").RayError as error:
             raise ConnectionError(f"the rank is gone: {error}") from error
 

@@ -20,7 +20,7 @@ async def measure(peer: Peer, point: Point, amount: float) -> Samples:
     """`amount` steps."""
     value = array(point.tensor_mib) if point.tensor_mib else scheduler_output(point.requests)
     steps = max(5, int(amount) // max(1, point.tensor_mib))
-    run = _paced if point.interval_ms else _back_to_back
+    run = _paced if point.interval_ms else back_to_back
     await run(peer, value, point, WARM_UP if not point.tensor_mib else 2)
     pids = [os.getpid(), *await peer.pids()]
     used, began = processor_seconds(pids), time.perf_counter()
@@ -32,7 +32,7 @@ async def measure(peer: Peer, point: Point, amount: float) -> Samples:
     return samples
 
 
-async def _back_to_back(peer: Peer, value: Payload, point: Point, steps: int) -> list[float]:
+async def back_to_back(peer: Peer, value: Payload, point: Point, steps: int) -> list[float]:
     """Seconds of each step from its submission to its answer; a step is submitted as soon as there is room."""
     under_way: collections.deque[tuple[float, Awaitable[Any]]] = collections.deque()
     latencies = []

@@ -19,15 +19,19 @@ PEERS = {
     "ray-actors": "ray_actors:RayActors",
     "ray-graph": "ray_graph:RayGraph",
     "ray-graph-awaited": "ray_graph:RayGraphAwaited",
+    "count": "aggregators:Counting",
+    "kv-aggregator": "aggregators:AsyncExecKV",
+    "vllm-kv-aggregator": "aggregators:VllmKV",
     "vllm-mp": "vllm_executors:VllmMultiproc",
+    "vllm-ray": "vllm_executors:VllmRay",
+    "vllm-ray-v2": "vllm_executors:VllmRayV2",
     "vllm-asyncexec": "vllm_executors:VllmAsyncExec",
     "vllm-mp-step": "vllm_executors:VllmMultiprocStep",
+    "vllm-ray-step": "vllm_executors:VllmRayStep",
+    "vllm-ray-v2-step": "vllm_executors:VllmRayV2Step",
     "vllm-asyncexec-step": "vllm_executors:VllmAsyncExecStep",
 }
 """Module in this package and class, by the name that results and tables have for the peer."""
-
-NOT_YET = {"vllm-ray": "vLLM's executors on Ray refuse CPUs without a platform plugin of one's own"}
-"""What one would expect here and cannot be measured yet, with the reason."""
 
 
 def load_peer(name: str) -> type[Peer]:

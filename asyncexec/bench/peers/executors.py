@@ -1,13 +1,14 @@
 """asyncexec itself, on each of its transports."""
 
 import os
-from collections.abc import Awaitable, Sequence
+import time
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from asyncexec import create_executor
-from asyncexec.bench.payload import Payload, SchedulerOutput
+from asyncexec import IntermediateTensors, RankContext, create_executor
+from asyncexec.bench.payload import Array, Payload, SchedulerOutput
 from asyncexec.bench.peer import MAX_IN_FLIGHT, MAX_RAY_RANKS, Peer
 from asyncexec.registry import list_transports
 
@@ -35,6 +36,25 @@ class EchoWorker:
         return os.getpid()
 
 
+class SleepyStage:
+    """Takes its time, and hands a small array on."""
+
+    def __init__(self, context: RankContext, *, seconds: float) -> None:
+        self._is_last = context.is_last_stage
+        self._seconds = seconds
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, intermediate: IntermediateTensors[Array] | None
+    ) -> SchedulerOutput | IntermediateTensors[Array]:
+        """One step."""
+        time.sleep(self._seconds)
+        return scheduler_output if self._is_last else IntermediateTensors({"x": np.zeros(1024, np.uint8)})
+
+    def pid(self) -> int:
+        """Of the rank's process."""
+        return os.getpid()
+
+
 class AsyncExec(Peer):
     """An executor of one transport; only the first rank replies, as is the default.
 
@@ -52,15 +72,27 @@ class AsyncExec(Peer):
         reasons = {info.name: info.unavailable for info in list_transports()}
         return reasons.get(cls.transport, f"no transport {cls.transport!r} is installed")
 
+    @property
+    def engine_config(self) -> dict[str, Any]:
+        """With the process groups that the other cases do without."""
+        options = {name: value for name, value in self.options.items() if name != "backend"}
+        return {"transport": self.transport, "options": {self.transport: options}}
+
     async def start(self) -> None:
         """Start the executor."""
+        await self._start(EchoWorker, tensor_parallel_size=self.ranks)
+
+    async def start_pipeline(self, seconds: float) -> None:
+        """Start it with a stage on each rank."""
+        await self._start(SleepyStage, {"seconds": seconds}, pipeline_parallel_size=self.ranks)
+
+    async def _start(self, worker: type, worker_kwargs: Mapping[str, Any] | None = None, **sizes: int) -> None:
         config = {
             "transport": self.transport,
-            "tensor_parallel_size": self.ranks,
             "max_concurrent_batches": MAX_IN_FLIGHT,
-            "options": {self.transport: self.options} if self.options else {},
+            "options": {self.transport: self.options},
         }
-        self._executor = create_executor(config, EchoWorker)
+        self._executor = create_executor(config | sizes, worker, worker_kwargs=worker_kwargs)
         await self._executor.start()
 
     def submit(self, value: Payload) -> Awaitable[Any]:
@@ -102,10 +134,10 @@ class RayDirect(AsyncExec):
     transport = "ray"
     uses_ray = True
     max_ranks = MAX_RAY_RANKS
-    options: ClassVar[dict[str, Any]] = {"backend": "none", "driver": "direct"}
+    options: ClassVar[dict[str, Any]] = {"backend": "none", "num_gpus": 0, "driver": "direct"}
 
 
 class RayDocumented(RayDirect):
     """The same, driven by what Ray documents."""
 
-    options: ClassVar[dict[str, Any]] = {"backend": "none", "driver": "documented"}
+    options: ClassVar[dict[str, Any]] = {"backend": "none", "num_gpus": 0, "driver": "documented"}

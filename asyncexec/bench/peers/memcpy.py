@@ -1,21 +1,21 @@
 """Copies of memory: what carrying an array costs at least, one copy for each rank."""
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from typing import Any
 
 import numpy as np
 
 from asyncexec.bench.payload import Array, Payload
-from asyncexec.bench.peer import Peer
+from asyncexec.bench.peer import WithoutRanks
 
 
-class Memcpy(Peer):
-    """It has no ranks: the driver copies the array as often as there would be, one copy after the other."""
+class Memcpy(WithoutRanks):
+    """The driver copies the array as often as there would be, one copy after the other."""
 
     requests = False
 
     async def start(self) -> None:
-        """Nothing to start."""
+        """Nothing was copied yet."""
         self._targets: list[Array] = []
 
     def submit(self, value: Payload) -> Awaitable[Any]:
@@ -30,10 +30,3 @@ class Memcpy(Peer):
         for target in self._targets:
             np.copyto(target, value)
         return value.nbytes
-
-    async def pids(self) -> Sequence[int]:
-        """There are none."""
-        return []
-
-    async def close(self) -> None:
-        """Nothing to end."""

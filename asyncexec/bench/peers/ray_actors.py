@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import os
+import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, ClassVar
 
@@ -18,6 +19,11 @@ class EchoActor:
     def step(self, value: Payload) -> Any:
         """One step."""
         return echo(value)
+
+    def stage(self, value: Payload, seconds: float) -> Payload:
+        """One step of a pipeline's stage."""
+        time.sleep(seconds)
+        return value
 
     def number(self, number: int) -> int:
         """Returns it."""

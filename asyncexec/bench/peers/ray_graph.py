@@ -1,8 +1,9 @@
 """Ray compiled graphs, as Ray documents them: blocking, and awaited."""
 
 import asyncio
+import functools
 import importlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ClassVar
 
 from asyncexec.bench.payload import Payload
@@ -23,9 +24,17 @@ class RayGraph(RayPeer):
     async def start(self) -> None:
         """Create the actors and compile."""
         await super().start()
+        self._compile(lambda value: [actor.step.bind(value) for actor in self.actors])
+
+    async def start_pipeline(self, seconds: float) -> None:
+        """A graph that goes from actor to actor."""
+        await super().start()
+        self._compile(lambda value: [functools.reduce(lambda node, a: a.stage.bind(node, seconds), self.actors, value)])
+
+    def _compile(self, outputs_of: Callable[[Any], Sequence[Any]]) -> None:
         dag: Any = importlib.import_module("ray.dag")
         with dag.InputNode() as value:
-            outputs = dag.MultiOutputNode([actor.step.bind(value) for actor in self.actors])
+            outputs = dag.MultiOutputNode(outputs_of(value))
         self._graph = outputs.experimental_compile(
             enable_asyncio=self.awaited, _max_inflight_executions=MAX_IN_FLIGHT + 1
         )

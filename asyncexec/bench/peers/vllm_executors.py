@@ -1,13 +1,16 @@
-"""vLLM's executor for one host, and ours for vLLM, with a worker that does nothing; the caller blocks in both."""
+"""vLLM's executors, and ours for vLLM, with a worker that does nothing; the caller blocks in both."""
 
 import asyncio
 import functools
+import tempfile
 from collections.abc import Awaitable, Generator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
-from asyncexec.bench import vllm_noop, vllm_tiny
+from asyncexec.bench import vllm_noop, vllm_ray, vllm_tiny
 from asyncexec.bench.payload import Payload, SchedulerOutput
-from asyncexec.bench.peer import Peer
+from asyncexec.bench.peer import MAX_RAY_RANKS, Peer
+from asyncexec.bench.peers.ray_actors import RAY
 
 
 class VllmMultiproc(Peer):
@@ -18,7 +21,7 @@ class VllmMultiproc(Peer):
         one_call: whether the step is `execute_model` alone, or `sample_tokens` follows.
     """
 
-    needs: ClassVar[dict[str, str]] = {"vllm": "pip install vllm, or make .venv-vllm/.done for CPUs"}
+    needs: ClassVar[dict[str, str]] = vllm_tiny.VLLM
     kind: ClassVar[str] = "mp"
     one_call: ClassVar[bool] = True
     tensors = False
@@ -47,6 +50,52 @@ class VllmMultiproc(Peer):
 
 
 class VllmMultiprocStep(VllmMultiproc):
+    """The same with both halves of a step."""
+
+    one_call = False
+
+
+class VllmRayV2(VllmMultiproc):
+    """vLLM's RayExecutorV2: actors of Ray, and the queues of MultiprocExecutor."""
+
+    needs: ClassVar[dict[str, str]] = vllm_tiny.VLLM | RAY
+    kind = "ray-v2"
+    uses_ray = True
+    max_ranks = MAX_RAY_RANKS
+
+    async def start(self) -> None:
+        """Connect to Ray first."""
+        vllm_tiny.set_environment()
+        self._folder = tempfile.TemporaryDirectory(prefix="asyncexec-bench-")
+        self._ray = await asyncio.to_thread(vllm_ray.connect, Path(self._folder.name))
+        await super().start()
+
+    async def close(self) -> None:
+        """End it, and disconnect."""
+        await super().close()
+        self._ray.shutdown()
+        self._folder.cleanup()
+
+
+class VllmRayV2Step(VllmRayV2):
+    """The same with both halves of a step."""
+
+    one_call = False
+
+
+class VllmRay(VllmRayV2):
+    """vLLM's RayDistributedExecutor: a compiled graph, in which both halves of a step are one execution."""
+
+    kind = "ray"
+
+    async def start(self) -> None:
+        """Have the workers ask vLLM for their place."""
+        await super().start()
+        self._executor.uses_sampler = not self.one_call
+        self._executor.collective_rpc("join_groups")
+
+
+class VllmRayStep(VllmRay):
     """The same with both halves of a step."""
 
     one_call = False

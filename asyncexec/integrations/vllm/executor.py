@@ -24,6 +24,10 @@ from asyncexec.integrations.vllm.worker import HostLock, OnWrapper
 
 logger = init_logger(__name__)
 
+_DONE: concurrent.futures.Future[None] = concurrent.futures.Future()
+"""Of a first half that nobody waits for."""
+_DONE.set_result(None)
+
 _WORKER = "asyncexec.integrations.vllm.worker:VllmWorker"
 
 
@@ -116,7 +120,7 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         self._begun = non_block and has_tokens and self._sampling_follows and self._aggregator is None
         if self._begun:
             self._ranks.notify("begin_step", (scheduler_output,))
-            return _done_with_none()
+            return _DONE
         future = self._step("execute_model", (scheduler_output,))
         if has_tokens and not self._sampling_follows:
             future.add_done_callback(self._learn)
@@ -204,12 +208,6 @@ def _environments(vllm_config: Any) -> list[dict[str, str]]:
         with binding.configure_omp_envs(rank=rank, local_rank=rank):
             environments.append({name: value for name, value in os.environ.items() if before.get(name) != value})
     return environments
-
-
-def _done_with_none() -> concurrent.futures.Future[None]:
-    future: concurrent.futures.Future[None] = concurrent.futures.Future()
-    future.set_result(None)
-    return future
 
 
 def _note_failure(executor: "weakref.ref[AsyncExecExecutor]", meeting: MeetingPlace, cause: AsyncExecError) -> None:

@@ -41,6 +41,9 @@ CONFIG = {
     "eos_token_id": 2,
 }
 
+ADAPTED = ["v_proj", "o_proj"]
+"""What an adapter must change to be seen in the tokens: the other weights, being random, are small."""
+
 OURS = "asyncexec.integrations.vllm.AsyncExecExecutor"
 
 
@@ -66,10 +69,10 @@ def make_adapter(folder: Path, rank: int = 4) -> str:
     weights = {
         f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_{half}.weight": torch.randn(shape, generator=draw)
         for layer in range(2)
-        for name in ("q_proj", "v_proj")
+        for name in ADAPTED
         for half, shape in (("A", (rank, width)), ("B", (width, rank)))
     }
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": ADAPTED, "bias": "none"}
     adapter = folder / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps(config))

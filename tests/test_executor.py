@@ -147,6 +147,8 @@ def executor_output_rank(layout: Layout) -> int:
 async def test_every_step_is_aggregated_once_and_in_order_whoever_awaits(layout: Layout) -> None:
     aggregator = Recorder()
     async with create_executor(layout, workers.EchoWorker, aggregator=aggregator) as executor:
+        nap = asyncio.ensure_future(executor.collective_rpc("nap", (0.2,)))  # the steps wait behind it
+        await asyncio.sleep(0)
         executor.execute_model(0)  # nobody holds this future
         cancelled = asyncio.ensure_future(asyncio.wait_for(executor.execute_model(1), 60))
         await asyncio.sleep(0)
@@ -155,6 +157,7 @@ async def test_every_step_is_aggregated_once_and_in_order_whoever_awaits(layout:
         with pytest.raises(asyncio.CancelledError):
             await cancelled
         assert await last == 2
+        await nap
     assert aggregator.seen == [0, 1, 2]
 
 

@@ -108,9 +108,9 @@ SUITES: dict[str, list[Part]] = {
         _tensors([2, 4], rounds=4, amount=20),
         Part("rpc", tuple(map(Point, (1, 2, 4))), rounds=4, amount=50),
         *_around([2], rounds=3),
-        _overlap([2, 4], rounds=2, steps=10),
+        _overlap([2, 4], rounds=1, steps=10),
         _aggregation(rounds=3),
-        _demo([1, 2], rounds=2, tokens=64),
+        _demo([2], rounds=1, tokens=64),
     ],
     "grid": [
         _grid(),

@@ -38,12 +38,6 @@ class GlooSender(SendingWay):
             self.pair.send([as_bytes(part)], 1, 0).wait()
             self.sent += part.numel()
 
-    def let_go(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
 
 class GlooReceiver(ReceivingWay):
     """Counts the elements that were received."""
@@ -58,12 +52,6 @@ class GlooReceiver(ReceivingWay):
             self.pair.recv([as_bytes(part)], 0, 0).wait()
             self.received += part.numel()
         return parts
-
-    def let_go(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

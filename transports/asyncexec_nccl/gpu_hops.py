@@ -1,8 +1,8 @@
 """Intermediate tensors from one pipeline stage to the next where ranks have GPUs: GPU to GPU.
 
 A hop is one small frame on the socket pair between the two ranks, and what brings the tensors on the GPU: a way, see
-`asyncexec_nccl.ways`.  The frame is written first and never waits: it says which
-tensors come, so that the receiver knows what to receive.  What lies in host memory travels in the frame.
+`asyncexec_nccl.ways`.  The frame is written first and never waits: it says which tensors come, so that the receiver
+knows what to receive.  What lies in host memory travels in the frame.
 
 No CPU waits for a GPU.  Every announced tensor is received, also that of a step which the receiver could not run: a way
 matches what is sent and received by the order alone.  A rank that cannot, for lack of memory say, ends: see
@@ -12,7 +12,7 @@ matches what is sent and received by the order alone.  A rank that cannot, for l
 import functools
 import importlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -21,9 +21,11 @@ from asyncexec.process_groups import gather
 from asyncexec.tensors import decode_tensors, encode_tensors, is_tensor_type
 from asyncexec.wire import Frame, FrameKind
 from asyncexec_nccl.devices import OutOfStep
-from asyncexec_nccl.hops import HopReceiver, HopSender
+from asyncexec_nccl.hops import Hop, HopReceiver, HopSender
 from asyncexec_nccl.stream import RankStream
-from asyncexec_nccl.ways import ReceivingWay, SendingWay
+from asyncexec_nccl.ways import ReceivingWay, SendingWay, Way
+
+W = TypeVar("W", bound=Way)
 
 _PARTING_LIMIT = 2.0
 """Seconds that a neighbour is given to let go of this rank's memory, before that is freed all the same."""
@@ -55,7 +57,25 @@ class _Announcement(msgspec.Struct, frozen=True, array_like=True):
     on_host: bytes
 
 
-class GpuHopSender(HopSender):
+class _GpuHop(Hop, Generic[W]):
+    """Parts from the neighbour: each lets go of what is the other's, and then frees its own."""
+
+    _way: W
+
+    def let_go(self) -> None:
+        """Use it no more, and let go of what is the neighbour's."""
+        super().let_go()
+        self._way.let_go()
+        self.stream.end_writing()
+
+    def close(self) -> None:
+        """Free what the neighbour has let go of."""
+        self.stream.wait_for_end(_PARTING_LIMIT)
+        self._way.close()
+        super().close()
+
+
+class GpuHopSender(_GpuHop[SendingWay], HopSender):
     """The way to the next stage.
 
     A tensor on the GPU that was handed on must not be written to afterwards, as it may still be on its way; its memory
@@ -119,20 +139,8 @@ class GpuHopSender(HopSender):
             except Exception as error:
                 raise OutOfStep from error
 
-    def let_go(self) -> None:
-        """Send nothing any more, and let go of what is the next stage's."""
-        super().let_go()
-        self._way.let_go()
-        self.stream.end_writing()
 
-    def close(self) -> None:
-        """Free what the next stage has let go of."""
-        self.stream.wait_for_end(_PARTING_LIMIT)
-        self._way.close()
-        super().close()
-
-
-class GpuHopReceiver(HopReceiver):
+class GpuHopReceiver(_GpuHop[ReceivingWay], HopReceiver):
     """The way from the previous stage.
 
     Args:
@@ -169,17 +177,6 @@ class GpuHopReceiver(HopReceiver):
         """Receive the tensors of a step that this stage could not run: the next ones are behind them."""
         if frame.kind is not FrameKind.SKIPPED:
             self._receive(_plan(bytes(frame.body)))
-
-    def let_go(self) -> None:
-        """Receive nothing any more, and let go of what is the previous stage's."""
-        self._way.let_go()
-        self.stream.end_writing()
-
-    def close(self) -> None:
-        """Free what the previous stage has let go of."""
-        self.stream.wait_for_end(_PARTING_LIMIT)
-        self._way.close()
-        super().close()
 
     def _receive(self, plan: "_Plan") -> list[Any]:
         layouts = [

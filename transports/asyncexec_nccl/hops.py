@@ -17,7 +17,25 @@ from asyncexec.wire import Buffer, Frame, FrameKind
 from asyncexec_nccl.stream import RankStream
 
 
-class HopSender:
+class Hop:
+    """A rank's end of what joins it to a rank of a neighbouring stage.
+
+    Args:
+        stream: the connection to it.
+    """
+
+    def __init__(self, stream: RankStream) -> None:
+        self.stream = stream
+
+    def let_go(self) -> None:
+        """Use it no more, once what is under way is written; before `close`."""
+
+    def close(self) -> None:
+        """End it."""
+        self.stream.close()
+
+
+class HopSender(Hop):
     """The way to the next stage.
 
     What does not fit into the socket's buffer is written by a thread of its own, so that this stage goes on with its
@@ -25,7 +43,7 @@ class HopSender:
     """
 
     def __init__(self, stream: RankStream, max_frame_bytes: int) -> None:
-        self.stream = stream
+        super().__init__(stream)
         self._max_frame_bytes = max_frame_bytes
         self._waiting: queue.Queue[list[Buffer] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
@@ -64,10 +82,6 @@ class HopSender:
             self._thread.join()
             self._thread = None
 
-    def close(self) -> None:
-        """End the way, after `let_go`."""
-        self.stream.close()
-
     def _finish_later(self, pieces: list[Buffer]) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._write, name="asyncexec-hop", daemon=True)
@@ -83,7 +97,7 @@ class HopSender:
             self._waiting.task_done()
 
 
-class HopReceiver:
+class HopReceiver(Hop):
     """The way from the previous stage.
 
     Args:
@@ -92,7 +106,7 @@ class HopReceiver:
     """
 
     def __init__(self, stream: RankStream, device: str = "cpu") -> None:
-        self.stream = stream
+        super().__init__(stream)
         self._device = device
         self._early: Frame | None = None
 
@@ -114,13 +128,6 @@ class HopReceiver:
 
     def drop(self, frame: Frame) -> None:
         """Do without a frame of a step that this stage could not run."""
-
-    def let_go(self) -> None:
-        """Receive nothing any more."""
-
-    def close(self) -> None:
-        """End the way, after `let_go`."""
-        self.stream.close()
 
     def _next(self) -> Frame | None:
         if self._early is not None:

@@ -46,12 +46,6 @@ class PairSender(SendingWay):
         for part in parts:
             part.record_stream(self._stream)
 
-    def let_go(self) -> None:
-        """There is nothing to let go of."""
-
-    def close(self) -> None:
-        """The group ends with the others."""
-
 
 class PairReceiver(ReceivingWay):
     """Receives from the other rank of a process group of two.
@@ -82,12 +76,6 @@ class PairReceiver(ReceivingWay):
             work.wait()  # makes the stream wait, not the CPU
             part.record_stream(compute)
         return parts
-
-    def let_go(self) -> None:
-        """There is nothing to let go of."""
-
-    def close(self) -> None:
-        """The group ends with the others."""
 
 
 def _transferable(tensor: Any) -> Any:

@@ -19,7 +19,7 @@ import msgspec
 from asyncexec.wire import Frame, FrameKind
 from asyncexec_nccl import cuda_driver
 from asyncexec_nccl.cuda_driver import BorrowedMemory, CudaError, LentMemory
-from asyncexec_nccl.ring import ALIGNMENT, Ring
+from asyncexec_nccl.ring import ALIGNMENT, Ring, aligned
 from asyncexec_nccl.stream import RankStream
 from asyncexec_nccl.ways import ReceivingWay, SendingWay
 
@@ -107,9 +107,8 @@ class PeerReceiver(ReceivingWay):
     def __init__(self, device: str, capacity: int) -> None:
         self._torch: Any = importlib.import_module("torch")
         self._device = self._torch.device(device)
-        capacity = -(-capacity // ALIGNMENT) * ALIGNMENT
+        self._capacity = capacity = aligned(capacity)
         self._ring = Ring(capacity)
-        self._capacity = capacity
         self._memory = LentMemory(capacity + ALIGNMENT)
         self._sent = self._memory.address + capacity
         self._taken: BorrowedMemory | None = None

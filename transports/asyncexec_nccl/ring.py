@@ -83,16 +83,16 @@ class Ring:
                 nbytes = min(size - offset, room)
                 cut.append((buffer, offset, nbytes))
                 offset += nbytes
-                room -= _aligned(nbytes)
+                room -= aligned(nbytes)
         if cut:
             yield self._batch(cut)
 
     def _batch(self, cut: Sequence[tuple[int, int, int]]) -> Batch:
-        begin, waits_for = self._allocate(sum(_aligned(nbytes) for _, _, nbytes in cut))
+        begin, waits_for = self._allocate(sum(aligned(nbytes) for _, _, nbytes in cut))
         pieces = []
         for buffer, offset, nbytes in cut:
             pieces.append(Piece(buffer, offset, nbytes, begin))
-            begin += _aligned(nbytes)
+            begin += aligned(nbytes)
         return Batch(self._number, waits_for, pieces)
 
     def _allocate(self, nbytes: int) -> tuple[int, int | None]:
@@ -110,5 +110,6 @@ class Ring:
         return begin, waits_for
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """The bytes, rounded up to where the next piece may begin."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 
-class SendingWay(abc.ABC):
+class Way:
+    """One side of it.  Neither method does anything, unless the sides have hold of something of each other."""
+
+    def let_go(self) -> None:
+        """Of what is the other side's; the way is not used any more."""
+
+    def close(self) -> None:
+        """Free what the other side has let go of, unless it is gone or stuck."""
+
+
+class SendingWay(Way, abc.ABC):
     """What brings tensors to the next stage's GPU."""
 
     @abc.abstractmethod
@@ -18,16 +28,8 @@ class SendingWay(abc.ABC):
         Returns before they have been sent.  Where it raises, some may have been, and some not.
         """
 
-    @abc.abstractmethod
-    def let_go(self) -> None:
-        """Of what is the other side's; nothing is sent any more."""
 
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Free what the other side has let go of, unless it is gone or stuck."""
-
-
-class ReceivingWay(abc.ABC):
+class ReceivingWay(Way, abc.ABC):
     """What brings tensors from the previous stage's GPU."""
 
     @abc.abstractmethod
@@ -36,11 +38,3 @@ class ReceivingWay(abc.ABC):
 
         Returns before they have been received.  Where it raises, some may have been, and some not.
         """
-
-    @abc.abstractmethod
-    def let_go(self) -> None:
-        """Of what is the other side's; nothing is received any more."""
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Free what the other side has let go of, unless it is gone or stuck."""

@@ -15,7 +15,8 @@ from asyncexec.outputs import DeferredOutput
 from asyncexec.tensors import is_tensor_type
 
 _MOST_THREADS = 32
-"""Threads that fill a bucket: 32 copied 72 GB/s on a host of 64 cores, 16 copied 57, and 64 copied 17."""
+"""Threads that fill a bucket.  On a host of 64 cores, 64 threads copied at less than a third of what 32 did:
+benchmarks/gpu/weights.py, before and after there was this limit."""
 
 _ALIGNMENT = 512
 """Bytes: every tensor begins where any dtype may, and where copies are fast."""

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from asyncexec.errors import PayloadError
 from asyncexec_nccl.devices import OutOfStep
 from asyncexec_nccl.gpu_hops import GpuHopReceiver, GpuHopSender
+from asyncexec_nccl.peer_copies import meet
 from asyncexec_nccl.stream import RankStream
 from asyncexec_nccl.ways import ReceivingWay, SendingWay
 
@@ -225,3 +226,17 @@ def test_what_cannot_be_handed_on_is_not_announced(stages: Stages) -> None:
     with pytest.raises(PayloadError, match="the intermediate tensors are"):
         stages.senders[0].send(1, {"x": torch.ones(3), "array": np.ones(1 << 18)})
     assert stages.sent == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs: tests/gpu has what goes by copies there")
+def test_ranks_that_cannot_reach_each_others_memory_agree_on_that() -> None:
+    """A pipeline of three, without GPUs: each learns it of itself or of its neighbour, and nobody is left waiting."""
+    sockets = [socket.socketpair() for _ in range(2)]
+    joints = [tuple(RankStream(end, 1 << 20) for end in pair) for pair in sockets]
+    neighbours = [(None, joints[0][0]), (joints[0][1], joints[1][0]), (joints[1][1], None)]
+    with ThreadPoolExecutor(3) as pool:
+        meetings = [pool.submit(meet, previous, following, "cuda:0", 1 << 20) for previous, following in neighbours]
+        assert [meeting.result(10) for meeting in meetings] == [(None, None)] * 3
+    for pair in joints:
+        for stream in pair:
+            stream.close()

@@ -119,7 +119,10 @@ def _call(name: str, *args: Any) -> None:
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    driver = ctypes.CDLL("libcuda.so.1")
-    for name, arguments in _SIGNATURES.items():
-        getattr(driver, name).argtypes = arguments
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        for name, arguments in _SIGNATURES.items():
+            getattr(driver, name).argtypes = arguments
+    except (OSError, AttributeError) as error:
+        raise CudaError(f"CUDA's driver is not there, or older than what is needed: {error}") from error
     return driver

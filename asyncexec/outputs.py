@@ -45,7 +45,8 @@ class DeferredOutput(Generic[T]):
     """An output whose value is not there yet; subclass it.
 
     The rank's main thread goes on to the next call; a completion thread calls `wait()` and replies with what it
-    returns, or with the error that it raises.  Deferred outputs of one rank are waited for in call order.
+    returns, or with the error that it raises.  Deferred outputs of one rank are waited for in call order; one that the
+    driver does not want is let go of, and `wait` may not be called at all.
     """
 
     # no abstract base class: whether an output is one of these is asked in every step, of which ABCMeta makes much

@@ -22,6 +22,7 @@ from typing import Any
 import cloudpickle
 import msgspec
 
+from asyncexec.errors import PayloadError
 from asyncexec.tensors import tensor_from, tensor_parts
 from asyncexec.wire import Buffer, Buffers
 
@@ -76,6 +77,24 @@ def _dump(kind: type[pickle.Pickler], value: Any) -> tuple[bytes, Buffers]:
 def loads(message: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
     """The value that `dumps` pickled; arrays and tensors lie over `buffers`, without a copy."""
     return pickle.loads(message, buffers=buffers)  # noqa: S301 - see the module's docstring
+
+
+class Snapshot:
+    """A value as it is now, which may change before it is sent: it arrives as the value that it was.
+
+    Raises:
+        PayloadError: it cannot be pickled.
+    """
+
+    def __init__(self, value: Any) -> None:
+        try:
+            message, buffers = dumps(value)
+        except Exception as error:
+            raise PayloadError(f"{type(value).__qualname__} cannot be sent: {type(error).__name__}: {error}") from error
+        self._parts = message, [bytearray(buffer) for buffer in buffers]
+
+    def __reduce__(self) -> Any:
+        return loads, self._parts
 
 
 def around_bytes(value: Any) -> Any:

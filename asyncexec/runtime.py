@@ -231,7 +231,7 @@ class RankRuntime:
         except Exception as error:  # noqa: BLE001 - the worker's errors are the caller's to hear of
             reply = self._error(frame, error, started)
         else:
-            if isinstance(output, DeferredOutput):
+            if isinstance(output, DeferredOutput) and (self._wanted(frame) or frame.acknowledge):
                 self._defer(frame, output, started, span)
                 reply = span = None
             else:
@@ -384,19 +384,21 @@ class _ReplyQueue:
     """Keeps replies in call order although some wait: a thread of its own, started by the first deferred output."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._deferred = self._sent = 0  # each is counted up by one thread alone
 
     @property
     def busy(self) -> bool:
         """Whether something is still to be sent."""
-        return self._queue.unfinished_tasks > 0
+        return self._deferred != self._sent
 
     def defer(self, send: Callable[[], None]) -> None:
         """Have `send`, which may block, run on the completion thread after what was put there before."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._drain, name="asyncexec-completion", daemon=True)
             self._thread.start()
+        self._deferred += 1
         self._queue.put(send)
 
     def finish(self) -> None:
@@ -410,4 +412,4 @@ class _ReplyQueue:
             try:
                 send()
             finally:
-                self._queue.task_done()
+                self._sent += 1

@@ -246,6 +246,12 @@ async def test_deferred_outputs_do_not_hold_up_the_rank() -> None:
             assert first.timing is not None
 
 
+async def test_a_deferred_output_that_nobody_wants_is_not_waited_for() -> None:
+    config = {"transport": "nccl", "tensor_parallel_size": 2, "options": {"nccl": {"backend": "none"}}}
+    async with create_executor(config, workers.ReadyOnRankZero) as executor:
+        assert [await executor.execute_model(n) for n in range(3)] == [0, 1, 2]
+
+
 async def test_timings_add_up(layout: Layout) -> None:
     async with echo(layout) as executor:
         nap = asyncio.ensure_future(executor.collective_rpc("nap", (0.05,)))

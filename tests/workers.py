@@ -185,6 +185,24 @@ class DeferringWorker:
         return Later(scheduler_output, self.ready)
 
 
+class NeverReady(DeferredOutput[int]):
+    def wait(self) -> int:
+        threading.Event().wait()
+        return 0
+
+
+class ReadyOnRankZero:
+    """The outputs of other ranks, which nobody wants, are never there."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.context = context
+
+    def execute_model(self, scheduler_output: int, intermediate: None) -> DeferredOutput[int]:
+        ready = threading.Event()
+        ready.set()
+        return NeverReady() if self.context.rank else Later(scheduler_output, ready)
+
+
 class FailsToStart:
     def __init__(self, context: RankContext, *, rank: int) -> None:
         if context.rank == rank:

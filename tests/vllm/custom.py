@@ -133,6 +133,16 @@ class PickyWorker(NoopWorker):
         weakref.finalize(payload, Path(gone).touch)
 
 
+class TellsWhenItBegins(NoopWorker):
+    """Writes to the pipe that `additional_config` names when a step of 5 requests begins."""
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        """Tell, and go on once it has been read."""
+        if scheduler_output.total_num_scheduled_tokens == 5:
+            Path(self.vllm_config.additional_config["began"]).write_text("5")
+        return super().execute_model(scheduler_output)
+
+
 class SlowToShutDown(NoopWorker):
     """Needs half a second, and says when it is done; or never ends."""
 

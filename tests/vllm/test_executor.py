@@ -36,6 +36,27 @@ def test_two_steps_in_flight(shared: Any) -> None:
     assert all(len(future.result().req_ids) == 4 for future in futures)
 
 
+def test_a_first_half_runs_before_the_calls_behind_it(shared: Any) -> None:
+    step(shared)
+    assert shared.execute_model(vllm_noop.scheduler_output(5), non_block=True).result() is None
+    assert shared.collective_rpc("seen") == [5, 5]
+    assert len(shared.sample_tokens(None).req_ids) == 5
+    shared.execute_model(vllm_noop.scheduler_output(6), non_block=True)  # whose second half never comes
+    assert len(step(shared, 7).req_ids) == 7
+    assert len(step(shared).req_ids) == 4
+
+
+def test_a_first_half_does_not_wait_for_what_takes_the_engine_time(make: Any, tmp_path: Path) -> None:
+    os.mkfifo(began := tmp_path / "began")
+    executor = make(1, worker="custom.TellsWhenItBegins", additional={"began": str(began)})
+    step(executor)
+    output = vllm_noop.scheduler_output(5)
+    output.has_structured_output_requests = True  # the engine works out their bitmask while the model runs
+    assert executor.execute_model(output, non_block=True).result() is None
+    assert began.read_text() == "5"
+    assert len(executor.sample_tokens(None).req_ids) == 5
+
+
 def test_an_output_of_the_first_half_is_what_sampling_returns(shared: Any) -> None:
     step(shared)
     shared.collective_rpc("answer_in_one_call", args=(True,))  # from now on the first half has the output

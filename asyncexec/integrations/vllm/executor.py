@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from asyncexec.integrations.vllm.connectors import ec_aggregator, kv_aggregator,
 from asyncexec.integrations.vllm.meeting import MeetingPlace
 from asyncexec.integrations.vllm.settings import Settings
 from asyncexec.integrations.vllm.worker import HostLock, OnWrapper
+from asyncexec.pickling import Snapshot
 
 logger = init_logger(__name__)
 
@@ -61,6 +63,8 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         self._ec: Aggregator | None = None
         self._aggregator: Aggregator | None = None
         self._sampling_follows = self._begun = False
+        self._held: Snapshot | None = None
+        self._held_by = 0
         settings = Settings.of(self.vllm_config)
         self._meeting = MeetingPlace()
         worker_kwargs = {
@@ -106,6 +110,7 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         Returns:
             Every rank's result, in the order of ranks; a future of that if `non_block`.
         """
+        self._send_held()
         target = method if isinstance(method, str) else OnWrapper(method)
         future = self._ranks.submit(target, tuple(args), kwargs, timeout=timeout)
         return future if non_block else future.result()
@@ -115,11 +120,18 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
 
         Once the workers have been seen to leave a step's output to `sample_tokens`, nobody waits for this half: the
         future is done at once, with None.  An error, or an output all the same, comes with `sample_tokens`.
+
+        Where the engine core has nothing to work out before it asks for the second half, the first one is kept for it,
+        as it is now: both go to the ranks as one call, or this one alone before another call of the same thread.
         """
+        self._send_held()
+        self._begun = False
         has_tokens = scheduler_output.total_num_scheduled_tokens > 0
-        self._begun = non_block and has_tokens and self._sampling_follows and self._aggregator is None
-        if self._begun:
-            self._ranks.notify("begin_step", (scheduler_output,))
+        if non_block and has_tokens and self._sampling_follows and self._aggregator is None:
+            if scheduler_output.has_structured_output_requests or scheduler_output.scheduled_new_reqs:
+                self._begin(scheduler_output)
+            else:
+                self._held, self._held_by = Snapshot(scheduler_output), threading.get_ident()
             return _DONE
         future = self._step("execute_model", (scheduler_output,))
         if has_tokens and not self._sampling_follows:
@@ -128,9 +140,24 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
         """The second half."""
+        held, self._held = self._held, None
         begun, self._begun = self._begun, False
-        future = self._step("finish_step" if begun else "sample_tokens", (grammar_output,))
+        if held is not None:
+            future = self._step("step", (held, grammar_output))
+        else:
+            future = self._step("finish_step" if begun else "sample_tokens", (grammar_output,))
         return future if non_block else future.result()
+
+    def _begin(self, scheduler_output: Any) -> None:
+        """Send a first half whose end nobody waits for."""
+        self._begun = True
+        self._ranks.notify("begin_step", (scheduler_output,))
+
+    def _send_held(self) -> None:
+        """Send a first half whose second one is not its thread's next call; calls of other threads have no order."""
+        if self._held is not None and self._held_by == threading.get_ident():
+            held, self._held = self._held, None
+            self._begin(held)
 
     def _learn(self, execute_future: concurrent.futures.Future[Any]) -> None:
         if execute_future.exception() is None and execute_future.result() is None:
@@ -150,6 +177,7 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         )
 
     def _of_output_rank(self, method: str) -> Any:
+        self._send_held()
         return self._ranks.submit(method, output_rank=self._output_rank, is_step=True).result()
 
     def init_kv_output_aggregator(self, connector: Any) -> None:

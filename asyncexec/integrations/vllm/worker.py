@@ -78,6 +78,11 @@ class VllmWorker:
         """The second half."""
         return self._maybe_deferred(self.wrapper.sample_tokens(grammar_output))
 
+    def step(self, scheduler_output: Any, grammar_output: Any) -> Any:
+        """Both halves of a step; what the first half returns, if that is anything, is the output."""
+        output = self.wrapper.execute_model(scheduler_output)
+        return self._maybe_deferred(self.wrapper.sample_tokens(grammar_output) if output is None else output)
+
     def begin_step(self, scheduler_output: Any) -> None:
         """The first half of a step, of which nobody waits for the end; `finish_step` tells how it went."""
         self._begun = None

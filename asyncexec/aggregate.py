@@ -18,7 +18,7 @@ class Aggregator(Protocol):
 
     Attributes:
         needs_all_ranks: whether every rank sends its output; otherwise only the output rank (the first of the last
-            pipeline stage) does, and the others send nothing unless they fail.
+            pipeline stage) does, and the others send nothing unless their method raises.
     """
 
     needs_all_ranks: bool

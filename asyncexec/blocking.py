@@ -4,9 +4,10 @@ The calls may come from any threads.  Each call is encoded and written to the ra
 is a `concurrent.futures.Future`, and the thread that waits for it reads the replies itself, see `asyncexec.driven`.
 """
 
+import collections
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from asyncexec.aggregate import Aggregator, AllRanks, FirstRank
 from asyncexec.config import ExecutorConfig
@@ -21,6 +22,14 @@ _ALL = AllRanks()
 _ONE = FirstRank()
 
 
+class _Held(NamedTuple):
+    """A notice that goes with the next call."""
+
+    method: str
+    args: Sequence[Any]
+    joins: str
+
+
 class BlockingExecutor:
     """Runs one worker class on every rank, for an engine whose loop is a thread.
 
@@ -33,8 +42,9 @@ class BlockingExecutor:
     """
 
     def __init__(self, config: ExecutorConfig, worker: str | type, worker_kwargs: Mapping[str, Any]) -> None:
-        self._loop = DrivenLoop()
         self._driver = _Driver(config, worker, worker_kwargs, None)
+        self._loop = DrivenLoop()
+        self._held: collections.deque[_Held] = collections.deque()
         self._ended = False
 
     def start(self) -> None:
@@ -79,8 +89,12 @@ class BlockingExecutor:
         self._loop.do(self._submit, future, method, args, kwargs or {}, timeout, output_rank or 0, merge, is_step)
         return future
 
-    def _submit(self, future: DrivenFuture[Any], *call: Any) -> None:
-        self._driver.submit(*call).pass_to(future)
+    def _submit(
+        self, future: DrivenFuture[Any], method: str | Callable[..., Any], args: Sequence[Any], *call: Any
+    ) -> None:
+        if self._held:
+            args = [*args, *self._send_held(method)]
+        self._driver.submit(method, args, *call).pass_to(future)
 
     def notify(self, method: str, args: Sequence[Any] = ()) -> None:
         """Have every rank run a method of which nobody wants an answer, in order with what was submitted.
@@ -89,7 +103,37 @@ class BlockingExecutor:
         """
         if self._ended:
             raise ExecutorClosed("the executor is closed")
-        self._loop.do(self._driver.submit, method, args, {}, None, NO_RANK, _ONE, True)
+        self._loop.do(self._notify, method, args)
+
+    def hold(self, method: str, args: Sequence[Any], *, joins: str) -> None:
+        """As `notify`, but sent with the next call, whoever submits it: one message instead of two.
+
+        Args:
+            method: what the ranks run before the next call, unless that is of the method `joins`.
+            args: positional arguments, encoded when they are sent: a `Snapshot` of what may change meanwhile.
+            joins: a method that does the work of `method` too when it is given `args` as its last arguments.
+
+        Raises:
+            ExecutorClosed: as `submit` does.  Whatever else `submit` raises, the next call does.
+        """
+        if self._ended:
+            raise ExecutorClosed("the executor is closed")
+        if self._held:
+            self._loop.do(self._send_held)
+        self._held.append(_Held(method, args, joins))
+
+    def _notify(self, method: str, args: Sequence[Any]) -> None:
+        self._send_held()
+        self._driver.submit(method, args, {}, None, NO_RANK, _ONE, True)
+
+    def _send_held(self, method: str | Callable[..., Any] = "") -> Sequence[Any]:
+        """Send what is held before a call of `method`, on the loop; returns the arguments that this call takes over."""
+        while self._held:
+            held = self._held.popleft()
+            if held.joins == method and not self._held:
+                return held.args
+            self._driver.submit(held.method, held.args, {}, None, NO_RANK, _ONE, True)
+        return ()
 
     @property
     def failure(self) -> AsyncExecError | None:

@@ -161,6 +161,8 @@ class DrivenLoop(asyncio.SelectorEventLoop):
     def end(self) -> None:
         """End the watcher and close the loop; not on the loop itself."""
         self._ending = True
+        with self._lock:  # whoever has the loop leaves it first, and may have left the watcher asleep
+            self._outer.modify(self._events, select.EPOLLIN | select.EPOLLONESHOT)
         self.call_soon_threadsafe(_nothing)
         self._watcher.join()
         with self._lock:

@@ -386,7 +386,7 @@ class _ReplyQueue:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._deferred = self._sent = 0  # each is counted up by one thread alone
+        self._deferred = self._sent = 0  # each is counted up by one thread at a time
 
     @property
     def busy(self) -> bool:

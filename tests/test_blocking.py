@@ -43,6 +43,10 @@ class Worker:
     def note(self, value: int) -> None:
         self.noted.append(value)
 
+    def note_both(self, value: int, before: int = 0) -> list[int]:
+        self.noted += [before, value] if before else [value]
+        return self.noted
+
     def notes(self) -> list[int]:
         return self.noted
 
@@ -68,6 +72,27 @@ def test_notices_are_run_in_order_and_not_answered(executor: BlockingExecutor) -
     for number in range(100):
         executor.notify("note", (number,))
     assert executor.submit("notes").result() == [list(range(100))] * 2
+
+
+def test_what_is_held_goes_with_the_next_call_or_before_it(executor: BlockingExecutor) -> None:
+    executor.hold("note", (1,), joins="note_both")
+    assert executor.submit("note_both", (2,), output_rank=1).result() == [1, 2]
+    executor.hold("note", (3,), joins="note_both")
+    executor.hold("note", (4,), joins="note_both")  # before it, the one before
+    assert executor.submit("note_both", (5,), output_rank=1).result() == [1, 2, 3, 4, 5]
+    executor.hold("note", (6,), joins="note_both")
+    executor.notify("note", (7,))
+    assert executor.submit("note_both", (8,), output_rank=1).result() == list(range(1, 9))
+    executor.hold("note", (9,), joins="note_both")
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: executor.submit("notes").result()).result() == [list(range(1, 10))] * 2
+
+
+def test_what_is_held_and_cannot_be_sent_fails_the_next_call_alone(executor: BlockingExecutor) -> None:
+    executor.hold("note", ("no number",), joins="note_both")
+    with pytest.raises(WorkerError, match="Expected `int`"):
+        executor.submit("note_both", (1,)).result()
+    assert executor.submit("notes").result() == [[], []]
 
 
 def test_a_future_completes_though_nobody_waits(executor: BlockingExecutor) -> None:
@@ -258,3 +283,33 @@ def test_what_other_threads_put_into_the_loop_in_a_turn_that_ends_is_run() -> No
     loop.call_soon_threadsafe(in_a_turn)  # behind it the turn reads the pipe
     assert called.wait(10)
     loop.end()
+
+
+def test_the_end_wakes_a_watcher_that_a_leaving_thread_has_left_asleep() -> None:
+    ending = threading.Event()
+
+    class Loop(DrivenLoop):
+        @property
+        def _ending(self) -> bool:
+            return ending.is_set()
+
+        @_ending.setter
+        def _ending(self, value: bool) -> None:
+            if value:
+                ending.set()
+
+        def _release(self) -> None:
+            if threading.current_thread() is waiting:
+                ending.wait(10)
+            super()._release()
+
+    loop = Loop()
+    future: DrivenFuture[int] = DrivenFuture(loop)
+    waiting = threading.Thread(target=future.result)
+    loop.start()
+    waiting.start()
+    loop.call_soon_threadsafe(future.set_result, 1)
+    loop.end()
+    waiting.join(10)
+    assert not loop._watcher.is_alive()
+    assert loop.is_closed()

@@ -134,6 +134,12 @@ def scheduler_output(requests: int) -> Any:
     return made
 
 
+def step(executor: Any, scheduler_output: Any) -> Any:
+    """A step as the engine core runs it without steps in flight; returns the output."""
+    output = executor.execute_model(scheduler_output, non_block=True).result()
+    return executor.sample_tokens(None) if output is None else output
+
+
 def vllm_config(ranks: int, stages: int = 1, additional: dict[str, Any] | None = None, backend: str = "mp") -> Any:
     """A configuration as the engine core would hand it to its executor."""
     arguments: Any = importlib.import_module("vllm.engine.arg_utils")

@@ -29,8 +29,7 @@ def turn(executor: Any, steps: int, interval: float) -> tuple[list[float], float
     for _ in range(steps):
         time.sleep(interval)
         began = time.perf_counter()
-        if executor.execute_model(payload, non_block=True).result() is None:
-            executor.sample_tokens(None)
+        vllm_noop.step(executor, payload)
         taken.append(time.perf_counter() - began)
     return taken, (processor_seconds(pids) - before) / steps
 

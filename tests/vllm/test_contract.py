@@ -10,18 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls import step
 
 from asyncexec.bench import vllm_noop
 from asyncexec.errors import AsyncExecError, ExecutorFailed, StepTimeout, WorkerDied, WorkerError
 from asyncexec.integrations.vllm.settings import Settings
 
 PICKY = "custom.PickyWorker"
-
-
-def step(executor: Any, requests: int) -> Any:
-    """As the engine core does it."""
-    output = executor.execute_model(vllm_noop.scheduler_output(requests), non_block=True).result()
-    return executor.sample_tokens(None) if output is None else output
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from calls import lose_a_rank, step
 
 from asyncexec.bench import vllm_noop
-from asyncexec.errors import ConfigError, ExecutorFailed, StepTimeout, WorkerDied, WorkerError
+from asyncexec.errors import ConfigError, StepTimeout, WorkerError
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def step(executor: Any, requests: int = 4) -> Any:
-    """As the engine core does it."""
-    output = executor.execute_model(vllm_noop.scheduler_output(requests), non_block=True).result()
-    return executor.sample_tokens(None) if output is None else output
 
 
 def test_a_step_has_the_output_of_the_output_rank(shared: Any) -> None:
@@ -189,26 +184,7 @@ def test_the_health_check_is_answered_during_a_call(shared: Any) -> None:
 
 
 def test_a_death_fails_what_is_in_flight_and_calls_back(make: Any) -> None:
-    executor = make(2)
-    called = threading.Event()
-    executor.register_failure_callback(called.set)
-    pids = executor.collective_rpc("pid")
-    future = executor.collective_rpc("nap", args=(60.0,), non_block=True)
-    began = time.monotonic()
-    os.kill(pids[1], signal.SIGKILL)
-    with pytest.raises(WorkerDied):
-        future.result()
-    assert time.monotonic() - began < 1.0
-    assert called.wait(1)
-    assert executor.is_failed
-    with pytest.raises(ExecutorFailed):
-        executor.collective_rpc("pid")
-    again = threading.Event()
-    executor.register_failure_callback(again.set)
-    assert again.is_set()
-    executor.shutdown()
-    executor.shutdown()
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    lose_a_rank(make(2), limit=1.0)
 
 
 def test_a_death_while_idle_is_noticed(make: Any) -> None:

@@ -1,8 +1,6 @@
 """The executor on the transport "ray": its ranks are actors of one Ray, on this host."""
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls import lose_a_rank, step
 from engines import OURS, run
 
 from asyncexec.bench import vllm_noop
-from asyncexec.errors import ConfigError, ExecutorFailed, WorkerDied, WorkerError
+from asyncexec.errors import ConfigError, WorkerError
 from asyncexec.integrations.vllm.worker import HostLock
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("ray_address")]
@@ -27,12 +26,6 @@ def on_ray(ray_address: str) -> Iterator[Any]:
     del os.environ["VLLM_SEEN_BY_RANKS"]
     yield executor
     executor.shutdown()
-
-
-def step(executor: Any, requests: int) -> Any:
-    """As the engine core does it."""
-    output = executor.execute_model(vllm_noop.scheduler_output(requests), non_block=True).result()
-    return executor.sample_tokens(None) if output is None else output
 
 
 def test_steps_and_calls_keep_their_order(on_ray: Any) -> None:
@@ -81,21 +74,7 @@ def test_idle_ranks_do_not_wait_actively(on_ray: Any) -> None:
 
 
 def test_a_death_is_noticed(make: Any) -> None:
-    executor = make(2, additional=ON_RAY)
-    called = threading.Event()
-    executor.register_failure_callback(called.set)
-    pids = executor.collective_rpc("pid")
-    future = executor.collective_rpc("nap", args=(60.0,), non_block=True)
-    began = time.monotonic()
-    os.kill(pids[1], signal.SIGKILL)
-    with pytest.raises(WorkerDied, match="SIGKILL"):
-        future.result(30)
-    assert time.monotonic() - began < 2.0
-    assert called.wait(2)
-    with pytest.raises(ExecutorFailed):
-        executor.collective_rpc("pid")
-    executor.shutdown()
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    lose_a_rank(make(2, additional=ON_RAY), limit=2.0)
 
 
 def test_variables_of_each_rank_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ import functools
 import importlib
 import inspect
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -62,18 +61,19 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         self._kv: Aggregator | None = None
         self._ec: Aggregator | None = None
         self._aggregator: Aggregator | None = None
-        self._sampling_follows = self._begun = False
-        self._held: Snapshot | None = None
-        self._held_by = 0
-        settings = Settings.of(self.vllm_config)
+        self._sampling_follows = False
+        config = Settings.of(self.vllm_config).executor_config(self._world_size, _environments(self.vllm_config))
         self._meeting = MeetingPlace()
         worker_kwargs = {
             "vllm_config": self.vllm_config,
             "distributed_init_method": self._init_method(),
             "shared_worker_lock": HostLock(str(self._meeting.lock)),
         }
-        config = settings.executor_config(self._world_size, _environments(self.vllm_config))
-        self._ranks = BlockingExecutor(config, _WORKER, worker_kwargs)
+        try:
+            self._ranks = BlockingExecutor(config, _WORKER, worker_kwargs)
+        except BaseException:
+            self._meeting.remove()
+            raise
         self._finalizer = weakref.finalize(self, _close, self._ranks, self._meeting)
         try:
             self._ranks.start()
@@ -110,7 +110,6 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         Returns:
             Every rank's result, in the order of ranks; a future of that if `non_block`.
         """
-        self._send_held()
         target = method if isinstance(method, str) else OnWrapper(method)
         future = self._ranks.submit(target, tuple(args), kwargs, timeout=timeout)
         return future if non_block else future.result()
@@ -121,17 +120,15 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         Once the workers have been seen to leave a step's output to `sample_tokens`, nobody waits for this half: the
         future is done at once, with None.  An error, or an output all the same, comes with `sample_tokens`.
 
-        Where the engine core has nothing to work out before it asks for the second half, the first one is kept for it,
-        as it is now: both go to the ranks as one call, or this one alone before another call of the same thread.
+        Without a grammar the engine core asks for the second half at once, and both go to the ranks as one message.
         """
-        self._send_held()
-        self._begun = False
         has_tokens = scheduler_output.total_num_scheduled_tokens > 0
         if non_block and has_tokens and self._sampling_follows and self._aggregator is None:
+            # holding takes a copy, which the prompts and images of new requests are too large for
             if scheduler_output.has_structured_output_requests or scheduler_output.scheduled_new_reqs:
-                self._begin(scheduler_output)
+                self._ranks.notify("execute_ahead", (scheduler_output,))
             else:
-                self._held, self._held_by = Snapshot(scheduler_output), threading.get_ident()
+                self._ranks.hold("execute_ahead", (Snapshot(scheduler_output),), joins="sample_tokens")
             return _DONE
         future = self._step("execute_model", (scheduler_output,))
         if has_tokens and not self._sampling_follows:
@@ -140,24 +137,8 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
         """The second half."""
-        held, self._held = self._held, None
-        begun, self._begun = self._begun, False
-        if held is not None:
-            future = self._step("step", (held, grammar_output))
-        else:
-            future = self._step("finish_step" if begun else "sample_tokens", (grammar_output,))
+        future = self._step("sample_tokens", (grammar_output,))
         return future if non_block else future.result()
-
-    def _begin(self, scheduler_output: Any) -> None:
-        """Send a first half whose end nobody waits for."""
-        self._begun = True
-        self._ranks.notify("begin_step", (scheduler_output,))
-
-    def _send_held(self) -> None:
-        """Send a first half whose second one is not its thread's next call; calls of other threads have no order."""
-        if self._held is not None and self._held_by == threading.get_ident():
-            held, self._held = self._held, None
-            self._begin(held)
 
     def _learn(self, execute_future: concurrent.futures.Future[Any]) -> None:
         if execute_future.exception() is None and execute_future.result() is None:
@@ -177,7 +158,6 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
         )
 
     def _of_output_rank(self, method: str) -> Any:
-        self._send_held()
         return self._ranks.submit(method, output_rank=self._output_rank, is_step=True).result()
 
     def init_kv_output_aggregator(self, connector: Any) -> None:
@@ -213,8 +193,9 @@ class AsyncExecExecutor(Executor):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """End the ranks; may be called again."""
-        if (finalizer := getattr(self, "_finalizer", None)) is not None:
-            finalizer()
+        if hasattr(self, "_finalizer"):  # else it never came up
+            # not the finalizer itself, which calls once: in a failure callback this does what can be done there
+            _close(self._ranks, self._meeting)
 
 
 _SETTLE_THREADS = "set_torch_threads_for_runtime"

@@ -89,7 +89,7 @@ _NOT_FOR_RANKS = {"CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "RAY_JOB_ID", "RAY_RAYL
 
 
 def _ray_options(environments: list[dict[str, str]]) -> dict[str, Any]:
-    """For ranks that are actors: on this host, without the graph, which would carry half of each step at best.
+    """For ranks that are actors: on this host, without the graph, which carries nothing but `execute_model`.
 
     Raises:
         ConfigError: each rank is to have variables of its own.

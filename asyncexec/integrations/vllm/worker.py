@@ -61,8 +61,7 @@ class VllmWorker:
         context.mark_progress()
         current_platform.update_block_size_for_backend(vllm_config)
         enable_envs_cache()
-        self._begun: Any = None
-        self._failed: Exception | None = None
+        self._ahead: tuple[Any, Exception | None] | None = None
         self._output_type: type = importlib.import_module("vllm.v1.outputs").AsyncModelRunnerOutput
 
     def __getattr__(self, name: str) -> Any:
@@ -72,33 +71,29 @@ class VllmWorker:
 
     def execute_model(self, scheduler_output: Any, intermediate: Any = None) -> Any:
         """The first half of a step; None where sampling follows."""
+        self._ahead = None
         return self._maybe_deferred(self.wrapper.execute_model(scheduler_output))
 
-    def sample_tokens(self, grammar_output: Any) -> Any:
-        """The second half."""
-        return self._maybe_deferred(self.wrapper.sample_tokens(grammar_output))
-
-    def step(self, scheduler_output: Any, grammar_output: Any) -> Any:
-        """Both halves of a step; what the first half returns, if that is anything, is the output."""
-        output = self.wrapper.execute_model(scheduler_output)
-        return self._maybe_deferred(self.wrapper.sample_tokens(grammar_output) if output is None else output)
-
-    def begin_step(self, scheduler_output: Any) -> None:
-        """The first half of a step, of which nobody waits for the end; `finish_step` tells how it went."""
-        self._begun = None
+    def execute_ahead(self, scheduler_output: Any) -> None:
+        """The first half of a step, of which nobody waits for the end; `sample_tokens` tells how it went."""
+        self._ahead = None
         try:
-            self._begun = self.wrapper.execute_model(scheduler_output)
+            self._ahead = self.wrapper.execute_model(scheduler_output), None
         except Exception as error:
-            self._failed = error
+            self._ahead = None, error
             raise
 
-    def finish_step(self, grammar_output: Any) -> Any:
-        """The second half, or what the first half returned or raised if there is no second one."""
-        begun, self._begun = self._begun, None
-        failed, self._failed = self._failed, None
+    def sample_tokens(self, grammar_output: Any, scheduler_output: Any = None) -> Any:
+        """The second half, or both if it is given what to execute.
+
+        Returns or raises what the first half did where nobody was told: an output of it leaves nothing to sample.
+        """
+        (output, failed), self._ahead = self._ahead or (None, None), None
+        if scheduler_output is not None:
+            output, failed = self.wrapper.execute_model(scheduler_output), None
         if failed is not None:
             raise failed
-        return self._maybe_deferred(self.wrapper.sample_tokens(grammar_output) if begun is None else begun)
+        return self._maybe_deferred(self.wrapper.sample_tokens(grammar_output) if output is None else output)
 
     def shutdown(self) -> None:
         """Let vLLM's worker and its process groups end."""

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import os
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from calls import lose_a_rank, step
 
 from asyncexec.bench import vllm_noop
 from asyncexec.errors import ConfigError, StepTimeout, WorkerError
+from asyncexec.integrations.vllm import AsyncExecExecutor
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -142,6 +144,16 @@ def test_an_error_of_the_first_half_is_raised_by_the_second(shared: Any) -> None
     assert len(step(shared).req_ids) == 4
 
 
+def test_an_error_of_a_first_half_is_forgotten_with_it(shared: Any) -> None:
+    step(shared)
+    shared.collective_rpc("break_next_step")
+    shared.execute_model(vllm_noop.scheduler_output(5), non_block=True)
+    assert shared.collective_rpc("seen") == [5, 5]  # it has been run, and its second half never comes
+    shared.execute_model(vllm_noop.scheduler_output(6), non_block=True)
+    assert shared.collective_rpc("seen") == [6, 6]
+    assert len(shared.sample_tokens(None).req_ids) == 6
+
+
 def test_an_unknown_method_is_an_error_of_the_call(shared: Any) -> None:
     with pytest.raises(WorkerError, match="no_such_method"):
         shared.collective_rpc("no_such_method")
@@ -187,6 +199,21 @@ def test_a_death_fails_what_is_in_flight_and_calls_back(make: Any) -> None:
     lose_a_rank(make(2), limit=1.0)
 
 
+def test_a_failure_callback_may_shut_down(make: Any) -> None:
+    def watchers() -> int:
+        return sum(thread.name == "asyncexec-watcher" for thread in threading.enumerate())
+
+    before = watchers()
+    executor = make(1)
+    called = threading.Event()
+    executor.register_failure_callback(executor.shutdown)
+    executor.register_failure_callback(called.set)
+    os.kill(executor.collective_rpc("pid")[0], signal.SIGKILL)
+    assert called.wait(5)
+    executor.shutdown()  # the rest of it
+    assert watchers() == before
+
+
 def test_a_death_while_idle_is_noticed(make: Any) -> None:
     executor = make(2)
     called = threading.Event()
@@ -210,11 +237,18 @@ def test_the_output_rank_is_the_first_of_the_last_stage(make: Any) -> None:
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"timeouts": {"stp": 1}}, "timeouts.stp"),
         ({"timeouts": {"step": -1}}, "timeouts.step"),
+        ({"options": {"nccl": {"bakend": "none"}}}, "bakend"),
     ],
 )
-def test_bad_options_are_refused_by_name(table: dict[str, Any], named: str) -> None:
+def test_bad_options_are_refused_by_name_and_leave_nothing(
+    table: dict[str, Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = vllm_noop.vllm_config(1, 1, {"asyncexec": table})
+    config.parallel_config.worker_cls = "asyncexec.bench.vllm_noop.NoopWorker"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ConfigError, match=named):
-        vllm_noop.make_executor("asyncexec", 1, additional={"asyncexec": table})
+        AsyncExecExecutor(config)
+    assert not list(tmp_path.iterdir())
 
 
 def _cpu_ticks(pid: int) -> int:

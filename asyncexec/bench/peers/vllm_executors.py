@@ -121,4 +121,9 @@ class _Blocking(Awaitable[Any]):
 
     def __await__(self) -> Generator[Any, None, Any]:
         yield from ()
-        return self._future.result()
+        running = asyncio._get_running_loop()
+        asyncio._set_running_loop(None)  # the engine core's thread runs none
+        try:
+            return self._future.result()
+        finally:
+            asyncio._set_running_loop(running)

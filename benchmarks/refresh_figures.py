@@ -1,4 +1,4 @@
-"""Puts the tables of result files into docs/benchmarks.md: `python benchmarks/refresh_figures.py`."""
+"""Puts the tables of result files into the pages of docs/ that name them: `python benchmarks/refresh_figures.py`."""
 
 import io
 import re
@@ -10,7 +10,7 @@ from asyncexec.bench import command
 from asyncexec.bench.results import Results
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = [ROOT / "docs" / name for name in ("benchmarks.md", "vllm.md")]
 
 _BLOCK = re.compile(r"(^From `(\S+)`:\n\n```text\n).*?(```\n)", re.DOTALL | re.MULTILINE)
 """Where figures go: a line that names their file, and a block of text."""
@@ -36,4 +36,5 @@ def _shown(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")

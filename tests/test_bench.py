@@ -301,8 +301,9 @@ def test_what_is_wrong_is_said_in_one_line(
 
 
 def test_the_figures_in_the_documentation_are_those_of_the_results() -> None:
-    page = refresh_figures.PAGE.read_text(encoding="utf-8")
-    assert refresh_figures.refreshed(page) == page
+    for path in refresh_figures.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert refresh_figures.refreshed(page) == page
     with pytest.raises(ValueError, match="no block of figures"):
         refresh_figures.refreshed("no figures")
 

@@ -28,7 +28,7 @@ WIDTH = 120
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     add = parser.add_argument
-    add("--suite", choices=SUITES, default="quick", help="quick: some 3 minutes; full: below 10 (default: quick)")
+    add("--suite", choices=SUITES, default="quick", help="quick: 3 to 5 minutes; full: below 10 (default: quick)")
     add("--peers", nargs="+", metavar="PEER", help=f"of {', '.join(PEERS)} (default: all that are installed)")
     add("--cases", nargs="+", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
     add("--ranks", nargs="+", type=int, metavar="N", help="only points with so many ranks")

@@ -121,4 +121,4 @@ SUITES: dict[str, list[Part]] = {
         _demo([1, 2, 4], rounds=4, tokens=96),
     ],
 }
-"""On two cores, quick takes some 3 minutes, full less than 10, and the whole grid hours: choose some of it."""
+"""On two cores, quick takes 3 to 5 minutes, full less than 10, and the whole grid hours: choose some of it."""

@@ -10,6 +10,9 @@ from asyncexec.bench.payload import Payload
 from asyncexec.bench.peer import MAX_IN_FLIGHT
 from asyncexec.bench.peers.ray_actors import RayPeer
 
+_LIMIT = 120
+"""Seconds of Ray's limits, which are 10: they run on while a peer is stopped and the others have their turns."""
+
 
 class RayGraph(RayPeer):
     """`ray.get(graph.execute(...))`: it blocks the event loop until the answer is there.
@@ -33,6 +36,8 @@ class RayGraph(RayPeer):
 
     def _compile(self, outputs_of: Callable[[Any], Sequence[Any]]) -> None:
         dag: Any = importlib.import_module("ray.dag")
+        limits: Any = importlib.import_module("ray.dag.context").DAGContext.get_current()
+        limits.submit_timeout = limits.get_timeout = _LIMIT
         with dag.InputNode() as value:
             outputs = dag.MultiOutputNode(outputs_of(value))
         self._graph = outputs.experimental_compile(

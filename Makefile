@@ -27,7 +27,7 @@ docs: .venv/.dev  ## the site, in build/site; a warning or a dead link fails it
 unit: .venv/.dev
 	$(BIN)/pytest
 
-test-vllm: .venv-vllm/.done  ## the integration with vLLM, in an environment of its own; a quarter of an hour
+test-vllm: .venv-vllm/.done  ## the integration with vLLM, in an environment of its own; some twenty minutes
 	.venv-vllm/bin/pytest -c tests/vllm/pytest.ini tests/vllm
 
 bench: .venv/.dev  ## every transport beside its peers, below ten minutes

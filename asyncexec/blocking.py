@@ -124,7 +124,7 @@ class BlockingExecutor:
 
     def _notify(self, method: str, args: Sequence[Any]) -> None:
         self._send_held()
-        self._driver.submit(method, args, {}, None, NO_RANK, _ONE, True)
+        self._send_notice(method, args)
 
     def _send_held(self, method: str | Callable[..., Any] = "") -> Sequence[Any]:
         """Send what is held before a call of `method`, on the loop; returns the arguments that this call takes over."""
@@ -132,8 +132,11 @@ class BlockingExecutor:
             held = self._held.popleft()
             if held.joins == method and not self._held:
                 return held.args
-            self._driver.submit(held.method, held.args, {}, None, NO_RANK, _ONE, True)
+            self._send_notice(held.method, held.args)
         return ()
+
+    def _send_notice(self, method: str, args: Sequence[Any]) -> None:
+        self._driver.submit(method, args, {}, None, NO_RANK, _ONE, True)
 
     @property
     def failure(self) -> AsyncExecError | None:

@@ -185,12 +185,6 @@ class DeferringWorker:
         return Later(scheduler_output, self.ready)
 
 
-class NeverReady(DeferredOutput[int]):
-    def wait(self) -> int:
-        threading.Event().wait()
-        return 0
-
-
 class ReadyOnRankZero:
     """The outputs of other ranks, which nobody wants, are never there."""
 
@@ -199,8 +193,9 @@ class ReadyOnRankZero:
 
     def execute_model(self, scheduler_output: int, intermediate: None) -> DeferredOutput[int]:
         ready = threading.Event()
-        ready.set()
-        return NeverReady() if self.context.rank else Later(scheduler_output, ready)
+        if self.context.rank == 0:
+            ready.set()
+        return Later(scheduler_output, ready)
 
 
 class FailsToStart:
